@@ -1,0 +1,161 @@
+// Binds the ops to Python: addresses come as integers, the GIL is released while they work.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "powerkernels/decode_attention.h"
+#include "powerkernels/ops.h"
+#include "powerkernels/parallel.h"
+#include "powerkernels/simd_level.h"
+#if defined(POWERKERNELS_CUDA)
+#include "powerkernels/device_info.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace powerkernels;
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+py::dict cuda_devices() {
+  py::dict result;
+  py::list devices;
+#if defined(POWERKERNELS_CUDA)
+  const CudaInfo info = cuda_info();
+  for (const CudaDevice& device : info.devices) {
+    py::dict entry;
+    entry["name"] = device.name;
+    entry["compute_capability"] = py::make_tuple(device.major, device.minor);
+    entry["num_sms"] = device.num_sms;
+    entry["memory_bytes"] = device.memory_bytes;
+    devices.append(entry);
+  }
+  result["runtime_version"] = info.runtime_version;
+  result["driver_version"] = info.driver_version;
+  result["error"] = info.error;
+#else
+  result["runtime_version"] = 0;
+  result["driver_version"] = 0;
+  result["error"] = "built without CUDA";
+#endif
+  result["count"] = devices.size();
+  result["devices"] = devices;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of powerkernels; used through powerkernels._extension.";
+  m.attr("version") = POWERKERNELS_VERSION;
+#if defined(POWERKERNELS_CUDA)
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+  m.attr("slice_v") = kSliceV;
+
+  m.def("simd_level", [] { return std::string(simd_level_name(simd_level())); });
+  m.def("highest_simd_level", [] { return std::string(simd_level_name(highest_simd_level())); });
+  m.def("set_simd_level", [](const std::string& name) { set_simd_level(name.c_str()); });
+  m.def("parallel_backend", [] { return std::string(parallel_backend()); });
+  m.def("cuda_devices", &cuda_devices,
+        "dict: runtime_version, driver_version (1000 * major + 10 * minor), error, count, devices");
+
+  m.def(
+      "philox4x32",
+      [](uintptr_t counters, uint64_t seed, int64_t count, uintptr_t out) {
+        philox4x32_many(pointer<const int64_t>(counters), seed, count, pointer<int64_t>(out));
+      },
+      py::arg("counters"), py::arg("seed"), py::arg("count"), py::arg("out"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "score_tokens",
+      [](uintptr_t logits, int dtype, int64_t num_rows, int64_t vocab, int64_t inner,
+         int64_t outer_stride, int64_t inner_stride, uintptr_t targets, bool targets_are_int64,
+         int64_t ignore_index, double alpha, double temperature, double softcap, bool entropy,
+         uintptr_t log_prob, uintptr_t log_z, uintptr_t entropy_out, int num_threads) {
+        return score_tokens(
+            {pointer<const void>(logits), num_rows, vocab, inner, outer_stride, inner_stride},
+            pointer<const void>(targets), targets_are_int64, ignore_index,
+            {static_cast<DType>(dtype), alpha, temperature, softcap, entropy},
+            {pointer<void>(log_prob), pointer<void>(log_z), pointer<void>(entropy_out)},
+            num_threads);
+      },
+      py::arg("logits"), py::arg("dtype"), py::arg("num_rows"), py::arg("vocab"), py::arg("inner"),
+      py::arg("outer_stride"), py::arg("inner_stride"), py::arg("targets"),
+      py::arg("targets_are_int64"), py::arg("ignore_index"), py::arg("alpha"),
+      py::arg("temperature"), py::arg("softcap"), py::arg("entropy"), py::arg("log_prob"),
+      py::arg("log_z"), py::arg("entropy_out"), py::arg("num_threads"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "sample_tokens",
+      [](uintptr_t logits, int dtype, int64_t num_rows, int64_t vocab, int64_t row_stride,
+         uint64_t seed, uintptr_t counters, uintptr_t banned, double alpha, double temperature,
+         bool entropy, uintptr_t token, uintptr_t log_prob, uintptr_t log_z, uintptr_t entropy_out,
+         int num_threads) {
+        sample_tokens({pointer<const void>(logits), num_rows, vocab, num_rows, 0, row_stride}, seed,
+                      pointer<const int64_t>(counters), pointer<const int64_t>(banned),
+                      {static_cast<DType>(dtype), alpha, temperature, /*softcap=*/0.0, entropy},
+                      pointer<int64_t>(token),
+                      {pointer<void>(log_prob), pointer<void>(log_z), pointer<void>(entropy_out)},
+                      num_threads);
+      },
+      py::arg("logits"), py::arg("dtype"), py::arg("num_rows"), py::arg("vocab"),
+      py::arg("row_stride"), py::arg("seed"), py::arg("counters"), py::arg("banned"),
+      py::arg("alpha"), py::arg("temperature"), py::arg("entropy"), py::arg("token"),
+      py::arg("log_prob"), py::arg("log_z"), py::arg("entropy_out"), py::arg("num_threads"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "sequence_log_likelihood",
+      [](uintptr_t log_prob, int dtype, int64_t rows, int64_t length, int64_t row_stride,
+         uintptr_t mask, uintptr_t cu_seqlens, double alpha, uintptr_t out, int num_threads) {
+        sequence_log_likelihood(pointer<const void>(log_prob), static_cast<DType>(dtype), rows,
+                                length, row_stride, pointer<const uint8_t>(mask),
+                                pointer<const int64_t>(cu_seqlens), alpha, pointer<double>(out),
+                                num_threads);
+      },
+      py::arg("log_prob"), py::arg("dtype"), py::arg("rows"), py::arg("length"),
+      py::arg("row_stride"), py::arg("mask"), py::arg("cu_seqlens"), py::arg("alpha"),
+      py::arg("out"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "decode_attention",
+      [](uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t lengths, uintptr_t sinks,
+         uintptr_t output, int dtype, int64_t lanes, int64_t kv_heads, int64_t group,
+         int64_t head_size, int64_t value_size, std::array<int64_t, 2> query_strides,
+         std::array<int64_t, 3> key_strides, std::array<int64_t, 3> value_strides, double scale,
+         double softcap, int64_t window, int num_threads) {
+        decode_attention({pointer<const void>(query),
+                          pointer<const void>(key),
+                          pointer<const void>(value),
+                          pointer<const int64_t>(lengths),
+                          pointer<const float>(sinks),
+                          pointer<void>(output),
+                          lanes,
+                          kv_heads,
+                          group,
+                          {query_strides[0], query_strides[1]},
+                          {key_strides[0], key_strides[1], key_strides[2]},
+                          {value_strides[0], value_strides[1], value_strides[2]}},
+                         {static_cast<DType>(dtype), head_size, value_size,
+                          static_cast<float>(scale), static_cast<float>(softcap), window},
+                         num_threads);
+      },
+      py::arg("query"), py::arg("key"), py::arg("value"), py::arg("lengths"), py::arg("sinks"),
+      py::arg("output"), py::arg("dtype"), py::arg("lanes"), py::arg("kv_heads"), py::arg("group"),
+      py::arg("head_size"), py::arg("value_size"), py::arg("query_strides"), py::arg("key_strides"),
+      py::arg("value_strides"), py::arg("scale"), py::arg("softcap"), py::arg("window"),
+      py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+}

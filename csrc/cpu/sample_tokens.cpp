@@ -1,0 +1,96 @@
+// Draws a token from q ~ p^alpha by inverse CDF in two steps: one uniform picks the slice, a second
+// the token in it. Only that slice is read again.
+#include "powerkernels/philox.h"
+#include "powerkernels/row_slices.h"
+
+namespace powerkernels {
+namespace {
+
+constexpr int64_t kNoToken = -1;
+
+// First i with mass[0] + ... + mass[i] > u * total; -1 where there is no mass. Entries without mass
+// are never returned. mass(i) is called for every i, in order.
+template <typename Mass>
+int64_t inverse_cdf(int64_t count, double u, const Mass& mass) {
+  double total = 0.0;
+  for (int64_t i = 0; i < count; ++i) total += mass(i);
+  double cumulative = 0.0;
+  int64_t last = -1;
+  for (int64_t i = 0; i < count; ++i) {
+    const double m = mass(i);
+    if (!(m > 0.0)) continue;
+    cumulative += m;
+    last = i;
+    if (cumulative > u * total) return i;
+  }
+  return last;  // u * total was rounded up to the total
+}
+
+int64_t draw(const char* row, int64_t vocab, const SliceStats* slices, double row_max,
+             const SliceKernels& kernels, const RowParams& params, int64_t banned,
+             const PhiloxWords& words) {
+  const int64_t count = num_slices(vocab);
+  const int64_t size = element_size(params.dtype);
+  const int64_t banned_slice = banned < 0 ? -1 : banned / kSliceV;
+  const int banned_entry = banned < 0 ? kNoEntry : static_cast<int>(banned % kSliceV);
+  SliceStats rest{};
+  if (banned_slice >= 0) {
+    // Summed anew: subtracting the banned token's mass would leave nothing where it is nearly 1.
+    kernels.stats(row + banned_slice * kSliceV * size, slice_length(vocab, banned_slice),
+                  banned_entry, params, &rest);
+    row_max = rest.max;
+    for (int64_t i = 0; i < count; ++i) {
+      if (i != banned_slice) row_max = std::max(row_max, slices[i].max);
+    }
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+    if (row_max == -kInfinity) return banned;
+  }
+  static thread_local std::vector<double> slice_mass;
+  if (static_cast<int64_t>(slice_mass.size()) < count)
+    slice_mass.resize(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    const SliceStats& s = i == banned_slice ? rest : slices[i];
+    // At alpha = 1 the kernels leave pow_sum out: it is the sum.
+    const double sum = params.alpha == 1.0 ? s.sum : s.pow_sum;
+    double mass = 0.0;
+    if (sum > 0.0) {
+      const double factor = std::exp((s.max - row_max) / params.temperature);
+      mass = pow_factor(factor, s.max, row_max, params) * sum;
+    }
+    slice_mass[static_cast<size_t>(i)] = mass;
+  }
+  const double* of_slice = slice_mass.data();
+  const int64_t slice =
+      inverse_cdf(count, uniform53(words.v[0], words.v[1]), [&](int64_t i) { return of_slice[i]; });
+  double mass[kSliceV];
+  const int n = slice_length(vocab, slice);
+  kernels.masses(row + slice * kSliceV * size, n, slice == banned_slice ? banned_entry : kNoEntry,
+                 params, mass);
+  return slice * kSliceV +
+         inverse_cdf(n, uniform53(words.v[2], words.v[3]), [&](int64_t i) { return mass[i]; });
+}
+
+}  // namespace
+
+void sample_tokens(const LogitRows& logits, uint64_t seed, const int64_t* counters,
+                   const int64_t* banned, const RowParams& params, int64_t* token,
+                   const ScoreOutputs& outputs, int num_threads) {
+  const SliceKernels& kernels = slice_kernels(params);
+  for_each_row(logits, params, num_threads, [&](int64_t row, const SliceStats* slices) {
+    const RowStats stats = merge_slices(slices, num_slices(logits.vocab), params);
+    if (std::isnan(stats.max)) {
+      token[row] = kNoToken;
+      write_scores(outputs, params, row, stats.max, stats.max, stats.max);
+      return;
+    }
+    PhiloxWords counter;
+    for (int i = 0; i < 4; ++i) counter.v[i] = static_cast<uint32_t>(counters[4 * row + i]);
+    const char* x = row_at(logits, row, params.dtype);
+    token[row] = draw(x, logits.vocab, slices, stats.max, kernels, params,
+                      banned == nullptr ? -1 : banned[row], philox4x32(counter, seed));
+    write_scores(outputs, params, row, log_prob_at(x, token[row], stats, params), stats.log_z,
+                 stats.entropy);
+  });
+}
+
+}  // namespace powerkernels

@@ -1,0 +1,183 @@
+// A vector of floats for the SIMD files: F32 has kWidth lanes of the level that the file is
+// compiled for. Only SIMD files include this (see powerkernels_simd_source in CMakeLists.txt); it
+// lives in a namespace per level and uses no standard templates.
+#pragma once
+
+#include <cstdint>
+
+#include "powerkernels/dtype.h"
+
+#if defined(PK_SIMD_avx2) || defined(PK_SIMD_avx512)
+#include <immintrin.h>
+#endif
+
+#define PK_INLINE inline __attribute__((always_inline))
+
+namespace powerkernels {
+namespace PK_SIMD {
+
+#if defined(PK_SIMD_avx512)
+
+struct F32 {
+  static constexpr int kWidth = 16;
+  __m512 v;
+};
+PK_INLINE F32 splat(float x) { return {_mm512_set1_ps(x)}; }
+PK_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+PK_INLINE F32 load_bfloat16(const uint16_t* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+PK_INLINE F32 load_float16(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+PK_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
+PK_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+PK_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+PK_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+PK_INLINE F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+PK_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// The larger; b where a is NaN or b is NaN.
+PK_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+PK_INLINE F32 fms(F32 a, F32 b, F32 c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
+PK_INLINE F32 low_bits_as_exponent(F32 a) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
+}
+PK_INLINE F32 abs(F32 a) { return {_mm512_abs_ps(a.v)}; }
+PK_INLINE F32 where_less(F32 a, F32 b, F32 yes, F32 no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+}
+PK_INLINE float max_of_lanes(F32 a) { return _mm512_reduce_max_ps(a.v); }
+// Lanes are added as doubles, in a fixed tree.
+PK_INLINE double sum_of_lanes(F32 a) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
+  return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+}
+
+#elif defined(PK_SIMD_avx2)
+
+struct F32 {
+  static constexpr int kWidth = 8;
+  __m256 v;
+};
+PK_INLINE F32 splat(float x) { return {_mm256_set1_ps(x)}; }
+PK_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+PK_INLINE F32 load_bfloat16(const uint16_t* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
+}
+PK_INLINE F32 load_float16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+PK_INLINE void store(float* p, F32 a) { _mm256_storeu_ps(p, a.v); }
+PK_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+PK_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+PK_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+PK_INLINE F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+PK_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+PK_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
+PK_INLINE F32 fms(F32 a, F32 b, F32 c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
+PK_INLINE F32 low_bits_as_exponent(F32 a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
+}
+PK_INLINE F32 abs(F32 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+PK_INLINE F32 where_less(F32 a, F32 b, F32 yes, F32 no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+PK_INLINE float max_of_lanes(F32 a) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+PK_INLINE double sum_of_lanes(F32 a) {
+  const __m256d sum = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)),
+                                    _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
+  const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
+}
+
+#else
+
+// Plain loops, which compilers vectorise for whatever the machine has.
+struct F32 {
+  static constexpr int kWidth = 8;
+  float v[kWidth];
+};
+#define PK_LANES(expression)                                     \
+  F32 out;                                                       \
+  for (int i = 0; i < F32::kWidth; ++i) out.v[i] = (expression); \
+  return out
+PK_INLINE F32 splat(float x) { PK_LANES(x); }
+PK_INLINE F32 load(const float* p) { PK_LANES(p[i]); }
+PK_INLINE F32 load_bfloat16(const uint16_t* p) { PK_LANES(bfloat16_to_float(p[i])); }
+PK_INLINE F32 load_float16(const uint16_t* p) { PK_LANES(float16_to_float(p[i])); }
+PK_INLINE void store(float* p, F32 a) {
+  for (int i = 0; i < F32::kWidth; ++i) p[i] = a.v[i];
+}
+PK_INLINE F32 operator+(F32 a, F32 b) { PK_LANES(a.v[i] + b.v[i]); }
+PK_INLINE F32 operator-(F32 a, F32 b) { PK_LANES(a.v[i] - b.v[i]); }
+PK_INLINE F32 operator*(F32 a, F32 b) { PK_LANES(a.v[i] * b.v[i]); }
+PK_INLINE F32 operator/(F32 a, F32 b) { PK_LANES(a.v[i] / b.v[i]); }
+PK_INLINE F32 fma(F32 a, F32 b, F32 c) { PK_LANES(a.v[i] * b.v[i] + c.v[i]); }
+PK_INLINE F32 max(F32 a, F32 b) { PK_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+PK_INLINE F32 fms(F32 a, F32 b, F32 c) { PK_LANES(a.v[i] * b.v[i] - c.v[i]); }
+PK_INLINE F32 low_bits_as_exponent(F32 a) {
+  uint32_t bits[F32::kWidth];
+  __builtin_memcpy(bits, a.v, sizeof(bits));
+  for (int i = 0; i < F32::kWidth; ++i) bits[i] <<= 23;
+  F32 out;
+  __builtin_memcpy(out.v, bits, sizeof(bits));
+  return out;
+}
+PK_INLINE F32 abs(F32 a) { PK_LANES(a.v[i] < 0.0f ? -a.v[i] : a.v[i]); }
+PK_INLINE F32 where_less(F32 a, F32 b, F32 yes, F32 no) {
+  PK_LANES(a.v[i] < b.v[i] ? yes.v[i] : no.v[i]);
+}
+#undef PK_LANES
+PK_INLINE float max_of_lanes(F32 a) {
+  float best = a.v[0];
+  for (int i = 1; i < F32::kWidth; ++i) best = a.v[i] > best ? a.v[i] : best;
+  return best;
+}
+PK_INLINE double sum_of_lanes(F32 a) {
+  double sum = 0.0;
+  for (int i = 0; i < F32::kWidth; ++i) sum += a.v[i];
+  return sum;
+}
+
+#endif
+
+// 2^-kMaxNegativeExponent and what is below the normal numbers is flushed to zero.
+constexpr float kMaxNegativeExponent = 127.0f;
+
+// 2^(x * scale) for -kMaxNegativeExponent <= x * scale <= 127, within 2 ulp. 2^0 is exactly 1, and
+// 2^-kMaxNegativeExponent exactly 0. A NaN stays one.
+// The polynomial is the minimax one of its degree on [-1/2, 1/2], by relative error (1.1e-7).
+// kCount vectors go through every step together, for the pipelines' sake.
+template <int kCount>
+PK_INLINE void exp2_scaled(const F32 (&x)[kCount], F32 scale, F32 (&out)[kCount]) {
+  constexpr float kCoefficients[] = {9.6716191e-3f, 5.5507350e-2f, 2.4022240e-1f, 6.9314698e-1f,
+                                     1.0f};
+  // Adding 1.5 * 2^23 rounds to an integer n and leaves it in the low bits; the 127 on top is the
+  // bias of float32's exponent.
+  const F32 shift = splat(0x1.8p23f + 127.0f);
+  F32 shifted[kCount], r[kCount];
+  for (int u = 0; u < kCount; ++u) shifted[u] = fma(x[u], scale, shift);
+  for (int u = 0; u < kCount; ++u) r[u] = fms(x[u], scale, shifted[u] - shift);
+  for (int u = 0; u < kCount; ++u) out[u] = splat(1.3264591e-3f);
+  for (const float c : kCoefficients) {
+    for (int u = 0; u < kCount; ++u) out[u] = fma(out[u], r[u], splat(c));
+  }
+  for (int u = 0; u < kCount; ++u) out[u] = out[u] * low_bits_as_exponent(shifted[u]);
+}
+
+PK_INLINE F32 exp2_scaled(F32 x, F32 scale) {
+  const F32 in[1] = {x};
+  F32 out[1];
+  exp2_scaled(in, scale, out);
+  return out[0];
+}
+
+}  // namespace PK_SIMD
+}  // namespace powerkernels

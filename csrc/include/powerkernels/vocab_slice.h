@@ -1,0 +1,43 @@
+// A row of logits is read in slices of kSliceV vocabulary entries: small enough to stay in the
+// first cache between the pass for the maximum and the pass for the sums, and the unit that the
+// sampler picks first. The bounds are fixed, so that a row's result depends on nothing but the row.
+#pragma once
+
+#include <cstdint>
+
+#include "powerkernels/dtype.h"
+
+namespace powerkernels {
+
+constexpr int kSliceV = 1024;
+
+// What one softmax row is asked for. x is a logit after softcap, before temperature.
+struct RowParams {
+  DType dtype;
+  double alpha;        // >= 0
+  double temperature;  // > 0
+  double softcap;      // 0: none
+  bool entropy;
+};
+
+// Sums over one slice, d = x - max:
+struct SliceStats {
+  double max;      // -inf where the slice has no finite entry
+  double sum;      // sum of e^(d/temperature)
+  double pow_sum;  // sum of e^(alpha*d/temperature); only if alpha != 1
+  double dot;      // sum of d*e^(d/temperature), 0 for d = -inf; only if entropy
+};
+
+constexpr int kNoEntry = -1;
+
+struct SliceKernels {
+  // x: n <= kSliceV logits. Entry `hidden` counts as -inf (kNoEntry: none).
+  void (*stats)(const void* x, int n, int hidden, const RowParams& params, SliceStats* out);
+  // mass[i] = e^(alpha*(x_i - max)/temperature), 0 for x_i = -inf.
+  void (*masses)(const void* x, int n, int hidden, const RowParams& params, double* mass);
+};
+
+// The kernels for these parameters at the SIMD level in use.
+const SliceKernels& slice_kernels(const RowParams& params);
+
+}  // namespace powerkernels

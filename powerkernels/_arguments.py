@@ -1,0 +1,81 @@
+"""Checks at the public boundary: each names the argument, what it must be and what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX_DTYPES = (torch.int32, torch.int64)
+MAX_SEED = 2**64 - 1
+
+
+def described(value: object) -> str:
+    """A tensor as `float32 [2, 3] on cpu`, anything else as its type and value."""
+    if isinstance(value, Tensor):
+        return f"{_name(value.dtype)} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_tensor(
+    name: str, value: object, dtypes: Sequence[torch.dtype], device: torch.device | None = None
+) -> None:
+    """A dense tensor of one of `dtypes`, on `device` if given."""
+    wanted = " or ".join(_name(dtype) for dtype in dtypes)
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor of {wanted}, got {described(value)}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {wanted}, got {described(value)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {described(value)}")
+
+
+def check_shape(name: str, value: Tensor, shape: Sequence[int]) -> None:
+    if value.shape != torch.Size(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {described(value)}")
+
+
+def check_vocab(name: str, logits: Tensor, num_dims: int | None = None) -> None:
+    """logits [..., V] with V >= 1, of exactly `num_dims` dimensions if given."""
+    if logits.ndim == 0 or (num_dims is not None and logits.ndim != num_dims):
+        wanted = "at least 1 dimension" if num_dims is None else f"{num_dims} dimensions"
+        raise ValueError(
+            f"{name} must have {wanted}, the last the vocabulary, got {described(logits)}"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"{name} must have a vocabulary of at least 1, got {described(logits)}")
+
+
+def check_number(name: str, value: object, *, low: float, open_low: bool = False) -> None:
+    """A finite real number >= low (> low if open_low)."""
+    wanted = f"a finite number {'>' if open_low else '>='} {low:g}"
+    real = (numbers.Real, torch.SymFloat, torch.SymInt)
+    if isinstance(value, bool) or not isinstance(value, real):
+        raise TypeError(f"{name} must be {wanted}, got {described(value)}")
+    number = float(value)
+    if not math.isfinite(number) or number < low or (open_low and number == low):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """The 64 bits of a seed as int64 [1] on `device`."""
+    expected = "seed must be an int or an int64 tensor of one element"
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"{expected}, got {described(seed)}")
+        return seed.reshape(1).to(device)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{expected}, got {described(seed)}")
+    value = int(seed)
+    if not -(2**63) <= value <= MAX_SEED:
+        raise ValueError(f"seed must fit in 64 bits, got {value}")
+    wrapped = value - 2**64 if value >= 2**63 else value
+    return torch.tensor([wrapped], dtype=torch.int64, device=device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""One module per neighbour; each is imported only by whoever asks for it."""

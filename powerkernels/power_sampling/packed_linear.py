@@ -1,0 +1,69 @@
+"""Linear layers of a CPU model with their weights packed once for oneDNN.
+
+torch hands a plain weight to oneDNN or MKL on every call. For the few rows of a lane step, packing
+costs as much as the product: measured on two cores, 16 rows of SmolLM2's layers, bf16, the packed
+product takes about half the time. It is the packing that torch's own compiler uses when it freezes
+a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PackedLinears:
+    """Packs the plain `nn.Linear` layers of a model on a CPU; on other devices does nothing.
+
+    The layers themselves are not changed: packed copies stand in for their forward inside
+    `in_use()`. Costs as much memory again as the layers' weights.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
+        if not _available():
+            return
+        for module in model.modules():
+            # A subclass or a hook may do more than the product.
+            if type(module) is nn.Linear and _packable(module):
+                self._forwards[module] = _packed_forward(module)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The model's linear layers replaced by their packed copies."""
+        for module, forward in self._forwards.items():
+            module.forward = forward  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            for module in self._forwards:
+                del module.forward
+
+
+def _available() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.mkldnn, "_reorder_linear_weight"
+    )
+
+
+def _packable(module: nn.Linear) -> bool:
+    weight = module.weight
+    if weight.device.type != "cpu" or "forward" in module.__dict__:
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+def _packed_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    packed: Any = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
+    bias = None if module.bias is None else module.bias.detach()
+
+    def forward(input: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
+
+    return forward

@@ -1,0 +1,302 @@
+"""PowerSampler: prompts in, samples from p^alpha of a causal LM out."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from powerkernels.power_sampling.config import PowerSamplingConfig
+from powerkernels.power_sampling.engine import Chain, FinishedChain, SamplerStats, run_chains
+from powerkernels.power_sampling.lane_model import LaneModel, TransformersLaneModel
+from powerkernels.power_sampling.progress import ProgressLine
+from powerkernels.power_sampling.reference import TRACE_FIELDS
+
+DEFAULT_MAX_LANES = 16
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]] | Tensor
+
+
+class MHTrace(NamedTuple):
+    """The transitions of a chain in order, one element each."""
+
+    block: Tensor  # int64
+    cut: Tensor  # int64, m
+    length: Tensor  # int64, tokens of the completion after the transition
+    accepted: Tensor  # bool
+    log_accept_ratio: Tensor  # float64, log r, or its upper bound where rejected early
+    log_likelihood: Tensor  # float64, log p of the completion after the transition, nats
+
+
+@dataclass(frozen=True)
+class PowerSample:
+    """A completion drawn from p^alpha.
+
+    Attributes:
+        prompt_index: index of its prompt; sample_index: number among the prompt's samples.
+        tokens: the completion's token ids, its EOS included.
+        text: the completion decoded without special tokens; None without a tokenizer.
+        log_prob: float32 [len(tokens)], log p(x_t | x_<t), nats.
+        log_likelihood: log p of the completion under the model itself (alpha = 1), nats.
+        confidence: minus the mean entropy of the next-token distributions, nats; <= 0.
+        acceptance_rate: accepted share of the transitions, 0 to 1; NaN without transitions.
+        decoded_tokens: tokens the model decoded for this chain, kept or not.
+        finish_reason: "stop" for an EOS, "length" for the limit.
+        trace: the chain's transitions.
+    """
+
+    prompt_index: int
+    sample_index: int
+    tokens: list[int]
+    text: str | None
+    log_prob: Tensor
+    log_likelihood: float
+    confidence: float
+    acceptance_rate: float
+    decoded_tokens: int
+    finish_reason: Literal["stop", "length"]
+    trace: MHTrace
+
+
+class PowerSampler:
+    """Metropolis-Hastings sampling from p(x)^alpha of a causal LM.
+
+    Args:
+        model: a transformers causal LM (left as it is), or a function
+            ``(num_lanes, max_length) -> LaneModel`` for a model of one's own.
+        tokenizer: its tokenizer; needed for prompts that are text or chat messages.
+        config: the settings.
+
+    Attributes:
+        stats: counts of the last or current run.
+
+    Source: Karan & Du 2025, "Reasoning with Sampling", Algorithm 1, with the length term and growth
+    to the block limit that make p^alpha the stationary law.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[int, int], LaneModel],
+        tokenizer: Any = None,
+        *,
+        config: PowerSamplingConfig,
+    ) -> None:
+        if not isinstance(config, PowerSamplingConfig):
+            raise TypeError(f"config must be a PowerSamplingConfig, got {type(config).__name__}")
+        if not callable(model):
+            raise TypeError(
+                "model must be a transformers causal LM or a function that makes a LaneModel, "
+                f"got {type(model).__name__}"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.stats = SamplerStats()
+
+    def sample(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        num_samples: int = 1,
+        *,
+        progress: bool | None = None,
+    ) -> list[PowerSample]:
+        """Draw `num_samples` completions of every prompt.
+
+        Args:
+            prompts: one prompt or several. A prompt is a string, a list of chat messages
+                (``{"role": …, "content": …}``) or a list of token ids.
+            num_samples: chains per prompt, >= 1.
+            progress: a progress line on standard error; None shows it on a terminal only.
+
+        Returns:
+            The samples, prompt by prompt, in order. After an interrupt (Ctrl-C) those that were
+            finished by then; `stats.interrupted` says so.
+
+        Raises:
+            TypeError, ValueError: an argument, by name.
+            FloatingPointError: the model returned NaN.
+        """
+        samples: list[PowerSample] = []
+        try:
+            for sample in self.iter_samples(prompts, num_samples, progress=progress):
+                samples.append(sample)  # what is finished survives an interrupt
+        except KeyboardInterrupt:
+            self.stats.interrupted = True
+        return sorted(samples, key=lambda sample: (sample.prompt_index, sample.sample_index))
+
+    def iter_samples(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        num_samples: int = 1,
+        *,
+        progress: bool | None = None,
+    ) -> Iterator[PowerSample]:
+        """As `sample`, but yields each sample as soon as its chain has finished."""
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"num_samples must be an int >= 1, got {num_samples!r}")
+        encoded = [
+            self._encode(prompt, f"prompts[{i}]") for i, prompt in enumerate(_as_list(prompts))
+        ]
+        if not encoded:
+            raise ValueError("prompts must hold at least one prompt, got none")
+        chains = _number_chains(encoded, num_samples)
+        num_lanes = self.config.num_lanes or min(len(chains), DEFAULT_MAX_LANES)
+        # The last token of a completion is never fed.
+        max_length = max(map(len, encoded)) + self.config.max_new_tokens - 1
+        self._check_context(encoded)
+        self.stats = SamplerStats()
+        return self._run(chains, num_lanes, max_length, num_samples, progress)
+
+    def _run(
+        self,
+        chains: list[Chain],
+        num_lanes: int,
+        max_length: int,
+        num_samples: int,
+        progress: bool | None,
+    ) -> Iterator[PowerSample]:
+        stats = self.stats
+        if isinstance(self.model, nn.Module):
+            model: Any = TransformersLaneModel(self.model, num_lanes, max_length)
+        else:
+            model = self.model(num_lanes, max_length)
+        running = getattr(model, "running", nullcontext)
+        line = ProgressLine(stats, progress)
+        run = run_chains(
+            model, self.config, chains, eos=self._eos(), stats=stats, on_tick=line.update
+        )
+        try:
+            while True:
+                # Left before each yield: whoever takes the sample finds the model, and torch's
+                # gradient mode, as they were.
+                with running():
+                    finished = next(run, None)
+                if finished is None:
+                    return
+                yield self._sample(finished, num_samples)
+        finally:
+            line.close()
+
+    def _sample(self, finished: FinishedChain, num_samples: int) -> PowerSample:
+        tokens = finished.tokens.tolist()
+        column = dict(zip(TRACE_FIELDS, finished.trace.unbind(dim=1), strict=True))
+        trace = MHTrace(
+            block=column["block"].long(),
+            cut=column["cut"].long(),
+            length=column["length"].long(),
+            accepted=column["accepted"].bool(),
+            log_accept_ratio=column["log_accept_ratio"].clone(),
+            log_likelihood=column["log_likelihood"].clone(),
+        )
+        text = None
+        if self.tokenizer is not None:
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return PowerSample(
+            prompt_index=finished.slot // num_samples,
+            sample_index=finished.slot % num_samples,
+            tokens=tokens,
+            text=text,
+            log_prob=finished.log_prob.clone(),
+            log_likelihood=float(finished.log_prob.double().sum()),
+            confidence=-float(finished.entropy.double().mean()),
+            acceptance_rate=float(trace.accepted.double().mean()),
+            decoded_tokens=finished.decoded_tokens,
+            finish_reason="stop" if finished.ended else "length",
+            trace=trace,
+        )
+
+    def _encode(self, prompt: Prompt, name: str) -> tuple[int, ...]:
+        if isinstance(prompt, Tensor):
+            prompt = prompt.tolist()
+        is_text = isinstance(prompt, str)
+        is_chat = _holds(prompt, Mapping)
+        if not (is_text or is_chat or _holds(prompt, int) or prompt == []):
+            raise TypeError(
+                f"{name} must be a string, a list of chat messages or a list of token ids, "
+                f"got {prompt!r}"
+            )
+        if (is_text or is_chat) and self.tokenizer is None:
+            raise ValueError(
+                f"tokenizer is needed for {name}, which is text; pass one or token ids"
+            )
+        if is_chat:
+            encoding = self.tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+            ids = encoding["input_ids"]
+        elif is_text:
+            ids = self.tokenizer(prompt)["input_ids"]
+        else:
+            ids = prompt
+        if len(ids) == 0:
+            raise ValueError(f"{name} must hold at least one token, got none")
+        vocab_size = self._vocab_size()
+        for token in ids:
+            if isinstance(token, bool) or token < 0 or (vocab_size and token >= vocab_size):
+                raise ValueError(
+                    f"{name} must hold token ids from 0 to {vocab_size or '…'} (excluded), "
+                    f"got {token!r}"
+                )
+        return tuple(ids)
+
+    def _vocab_size(self) -> int | None:
+        config = getattr(self.model, "config", None)
+        return None if config is None else config.get_text_config().vocab_size
+
+    def _check_context(self, prompts: list[tuple[int, ...]]) -> None:
+        config = getattr(self.model, "config", None)
+        context = config and getattr(config.get_text_config(), "max_position_embeddings", None)
+        for i, prompt in enumerate(prompts):
+            if context and len(prompt) + self.config.max_new_tokens > context:
+                raise ValueError(
+                    f"prompts[{i}] and max_new_tokens must fit the model's context of {context} "
+                    f"tokens, got {len(prompt)} + {self.config.max_new_tokens}"
+                )
+
+    def _eos(self) -> tuple[int, ...]:
+        ids = self.config.eos_token_id
+        for owner in (getattr(self.model, "generation_config", None), self.tokenizer):
+            if ids is None:
+                ids = getattr(owner, "eos_token_id", None)
+        if ids is None:
+            return ()
+        return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """A list of prompts, whether one or several were given."""
+    single = isinstance(prompts, str) or _holds(prompts, int) or _holds(prompts, Mapping)
+    if isinstance(prompts, Tensor):
+        single = prompts.ndim == 1
+    if single:
+        return [prompts]
+    if isinstance(prompts, (bytes, Mapping)) or not hasattr(prompts, "__iter__"):
+        raise TypeError(f"prompts must be a prompt or a list of prompts, got {prompts!r}")
+    return list(prompts)
+
+
+def _holds(value: Any, kind: type) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], kind)
+
+
+def _number_chains(prompts: list[tuple[int, ...]], num_samples: int) -> list[Chain]:
+    """Number the chains by what they are, so that no result depends on the order of the prompts.
+
+    A number is 32 bits of a hash of the prompt plus the sample's index among the samples of equal
+    prompts: chains of one prompt always have different numbers; two prompts share uniforms with
+    probability 2^-32, each still following its own law.
+    """
+    chains, seen = [], Counter[tuple[int, ...]]()
+    for i, prompt in enumerate(prompts):
+        digest = hashlib.blake2b(struct.pack(f"<{len(prompt)}q", *prompt), digest_size=4).digest()
+        for sample in range(num_samples):
+            number = (int.from_bytes(digest, "little") + seen[prompt]) % 2**32
+            chains.append(Chain(i * num_samples + sample, prompt, number))
+            seen[prompt] += 1
+    return chains
