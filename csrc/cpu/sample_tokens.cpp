@@ -30,44 +30,48 @@ int64_t draw(const char* row, int64_t vocab, const SliceStats* slices, double ro
              const SliceKernels& kernels, const RowParams& params, int64_t banned,
              const PhiloxWords& words) {
   const int64_t count = num_slices(vocab);
-  const int64_t size = element_size(params.dtype);
-  const int64_t banned_slice = banned < 0 ? -1 : banned / kSliceV;
-  const int banned_entry = banned < 0 ? kNoEntry : static_cast<int>(banned % kSliceV);
-  SliceStats rest{};
-  if (banned_slice >= 0) {
+  double mass[kSliceV];  // of the entries of one slice
+  const auto fill_masses = [&](int64_t slice, int hidden) {
+    const char* x = row + slice * kSliceV * element_size(params.dtype);
+    return kernels.masses(x, slice_length(vocab, slice), hidden, params, mass);
+  };
+
+  int64_t banned_slice = -1;
+  double rest_max = 0.0, rest_mass = 0.0;  // of the banned token's slice without it
+  if (banned >= 0) {
     // Summed anew: subtracting the banned token's mass would leave nothing where it is nearly 1.
-    kernels.stats(row + banned_slice * kSliceV * size, slice_length(vocab, banned_slice),
-                  banned_entry, params, &rest);
-    row_max = rest.max;
+    banned_slice = banned / kSliceV;
+    rest_max = fill_masses(banned_slice, static_cast<int>(banned % kSliceV));
+    for (int i = 0; i < slice_length(vocab, banned_slice); ++i) rest_mass += mass[i];
+    row_max = rest_max;
     for (int64_t i = 0; i < count; ++i) {
       if (i != banned_slice) row_max = std::max(row_max, slices[i].max);
     }
-    constexpr double kInfinity = std::numeric_limits<double>::infinity();
-    if (row_max == -kInfinity) return banned;
+    if (row_max == -std::numeric_limits<double>::infinity()) return banned;
   }
+
   static thread_local std::vector<double> slice_mass;
   if (static_cast<int64_t>(slice_mass.size()) < count)
     slice_mass.resize(static_cast<size_t>(count));
+  double* of_slice = slice_mass.data();
   for (int64_t i = 0; i < count; ++i) {
-    const SliceStats& s = i == banned_slice ? rest : slices[i];
+    const bool is_rest = i == banned_slice;
+    const double max = is_rest ? rest_max : slices[i].max;
     // At alpha = 1 the kernels leave pow_sum out: it is the sum.
-    const double sum = params.alpha == 1.0 ? s.sum : s.pow_sum;
-    double mass = 0.0;
+    const double own = params.alpha == 1.0 ? slices[i].sum : slices[i].pow_sum;
+    const double sum = is_rest ? rest_mass : own;
+    of_slice[i] = 0.0;
     if (sum > 0.0) {
-      const double factor = std::exp((s.max - row_max) / params.temperature);
-      mass = pow_factor(factor, s.max, row_max, params) * sum;
+      const double factor = std::exp((max - row_max) / params.temperature);
+      of_slice[i] = pow_factor(factor, max, row_max, params) * sum;
     }
-    slice_mass[static_cast<size_t>(i)] = mass;
   }
-  const double* of_slice = slice_mass.data();
   const int64_t slice =
       inverse_cdf(count, uniform53(words.v[0], words.v[1]), [&](int64_t i) { return of_slice[i]; });
-  double mass[kSliceV];
-  const int n = slice_length(vocab, slice);
-  kernels.masses(row + slice * kSliceV * size, n, slice == banned_slice ? banned_entry : kNoEntry,
-                 params, mass);
-  return slice * kSliceV +
-         inverse_cdf(n, uniform53(words.v[2], words.v[3]), [&](int64_t i) { return mass[i]; });
+  fill_masses(slice, slice == banned_slice ? static_cast<int>(banned % kSliceV) : kNoEntry);
+  return slice * kSliceV + inverse_cdf(slice_length(vocab, slice),
+                                       uniform53(words.v[2], words.v[3]),
+                                       [&](int64_t i) { return mass[i]; });
 }
 
 }  // namespace

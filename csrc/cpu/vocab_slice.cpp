@@ -71,33 +71,60 @@ struct Staged {
   float max;
 };
 
-// One pass over whole steps: the maximum, and a copy as floats unless they are floats already.
+// Takes over a slice step by step: its maximum, and a copy as floats unless they are floats
+// already. The sums of one slice run beside the takeover of the next: one waits for the
+// multipliers, the other for memory.
 template <DType dtype>
-PK_INLINE F32 copy_and_max(const void* x, int n, float* buffer) {
-  // max keeps its second argument where the first is NaN: NaN shows up in the sums instead.
+struct Takeover {
+  const char* x;
+  float* buffer;
   F32 best[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) best[u] = splat(-kInfinity);
-  for (int i = 0; i < n; i += kStep) {
+
+  PK_INLINE Takeover(const void* x, float* buffer)
+      : x(static_cast<const char*>(x)), buffer(buffer) {
+    for (int u = 0; u < kUnroll; ++u) best[u] = splat(-kInfinity);
+  }
+
+  PK_INLINE void step(int i) {
+    constexpr int kSize = dtype == DType::float32 ? 4 : 2;
     for (int u = 0; u < kUnroll; ++u) {
-      const F32 value = load_as<dtype>(x, i + u * F32::kWidth);
-      if (buffer != nullptr) store(buffer + i + u * F32::kWidth, value);
+      const int at = i + u * F32::kWidth;
+      const F32 value = load_as<dtype>(x, at);
+      if (dtype != DType::float32) store(buffer + at, value);
+      // max keeps its second argument where the first is NaN: NaN shows up in the sums instead.
       best[u] = max(value, best[u]);
     }
+    // The slice after this one; past the row's end a prefetch does nothing.
+    constexpr int kCacheLine = 64;
+    for (int line = 0; line < kStep * kSize; line += kCacheLine) {
+      __builtin_prefetch(x + (kSliceV + i) * kSize + line);
+    }
   }
-  return max(max(best[0], best[1]), max(best[2], best[3]));
+
+  PK_INLINE Staged staged(int n) const {
+    const F32 all = max(max(best[0], best[1]), max(best[2], best[3]));
+    const bool in_place = dtype == DType::float32;
+    return {in_place ? reinterpret_cast<const float*>(x) : buffer, n, max_of_lanes(all)};
+  }
+};
+
+struct NoTakeover {
+  PK_INLINE void step(int) {}
+};
+
+template <DType dtype>
+PK_INLINE Staged take_over(const void* x, int n, float* buffer) {
+  Takeover<dtype> slice(x, buffer);
+  for (int i = 0; i < n; i += kStep) slice.step(i);
+  return slice.staged(n);
 }
 
 template <DType dtype>
-PK_INLINE Staged stage(const void* x, int n, int hidden, float cap, float* buffer) {
+Staged stage(const void* x, int n, int hidden, float cap, float* buffer) {
   const int padded = (n + kStep - 1) / kStep * kStep;
-  if (n == padded && hidden == kNoEntry && cap == 0.0f) {
-    if (dtype == DType::float32) {
-      return {static_cast<const float*>(x), n, max_of_lanes(copy_and_max<dtype>(x, n, nullptr))};
-    }
-    return {buffer, n, max_of_lanes(copy_and_max<dtype>(x, n, buffer))};
-  }
-  const int whole = n / kStep * kStep;
-  copy_and_max<dtype>(x, whole, buffer);
+  if (n == padded && hidden == kNoEntry && cap == 0.0f) return take_over<dtype>(x, n, buffer);
+  const int whole = n / F32::kWidth * F32::kWidth;
+  for (int i = 0; i < whole; i += F32::kWidth) store(buffer + i, load_as<dtype>(x, i));
   for (int i = whole; i < n; ++i) buffer[i] = load_one<dtype>(x, i);
   for (int i = n; i < padded; ++i) buffer[i] = -kInfinity;
   if (cap != 0.0f) {
@@ -109,7 +136,7 @@ PK_INLINE Staged stage(const void* x, int n, int hidden, float cap, float* buffe
     }
   }
   if (hidden != kNoEntry) buffer[hidden] = -kInfinity;
-  return {buffer, padded, max_of_lanes(copy_and_max<DType::float32>(buffer, padded, nullptr))};
+  return take_over<DType::float32>(buffer, padded, buffer);
 }
 
 template <int n>
@@ -126,9 +153,19 @@ PK_INLINE F32 power(F32 x) {
   }
 }
 
+// x^n + sum
+template <int n>
+PK_INLINE F32 add_power(F32 x, F32 sum) {
+  if constexpr (n == 1) {
+    return x + sum;
+  } else {
+    return fma(power<n / 2>(x), power<n - n / 2>(x), sum);
+  }
+}
+
 // kTwiceAlpha: 2*alpha where that is one of 0..kMaxTwiceAlpha, else kSecondExp.
-template <int kTwiceAlpha, bool kEntropy>
-void sums(const Staged& s, const RowParams& params, SliceStats* out) {
+template <int kTwiceAlpha, bool kEntropy, typename Next>
+PK_INLINE void sums(const Staged& s, const RowParams& params, Next& next, SliceStats* out) {
   constexpr bool kHalves = kTwiceAlpha > 0 && kTwiceAlpha % 2 == 1;
   // The one exponential is e^(d/2) for half-integer powers, e^d otherwise.
   const float scale = static_cast<float>(kLog2E / params.temperature * (kHalves ? 0.5 : 1.0));
@@ -140,6 +177,7 @@ void sums(const Staged& s, const RowParams& params, SliceStats* out) {
   F32 sum[kUnroll], pow_sum[kUnroll], dot[kUnroll];
   for (int u = 0; u < kUnroll; ++u) sum[u] = pow_sum[u] = dot[u] = splat(0.0f);
   for (int i = 0; i < s.n; i += kStep) {
+    next.step(i);
     F32 x[kUnroll], d[kUnroll], e[kUnroll];
     for (int u = 0; u < kUnroll; ++u) {
       x[u] = load(s.x + i + u * F32::kWidth);
@@ -154,9 +192,9 @@ void sums(const Staged& s, const RowParams& params, SliceStats* out) {
       if constexpr (kTwiceAlpha == 0) {
         pow_sum[u] = pow_sum[u] + where_less(splat(-kInfinity), x[u], ones, splat(0.0f));
       } else if constexpr (kHalves) {
-        pow_sum[u] = pow_sum[u] + power<kTwiceAlpha>(e[u]);
+        pow_sum[u] = add_power<kTwiceAlpha>(e[u], pow_sum[u]);
       } else if constexpr (kTwiceAlpha != kSecondExp && kTwiceAlpha != 2) {
-        pow_sum[u] = pow_sum[u] + power<kTwiceAlpha / 2>(e[u]);
+        pow_sum[u] = add_power<kTwiceAlpha / 2>(e[u], pow_sum[u]);
       }
     }
     if constexpr (kTwiceAlpha == kSecondExp) {
@@ -173,30 +211,61 @@ void sums(const Staged& s, const RowParams& params, SliceStats* out) {
   out->dot = sum_of_lanes((dot[0] + dot[1]) + (dot[2] + dot[3]));
 }
 
-using Sums = void (*)(const Staged&, const RowParams&, SliceStats*);
+template <DType dtype, int kTwiceAlpha, bool kEntropy>
+void stats(const void* row, int64_t vocab, int64_t first, int64_t last, const RowParams& params,
+           SliceStats* out) {
+  alignas(64) float buffers[2][kSliceV];
+  const float cap = static_cast<float>(params.softcap);
+  const char* data = static_cast<const char*>(row);
+  const auto slice_at = [&](int64_t i) { return data + i * kSliceV * element_size(dtype); };
+  const auto staged = [&](int64_t i) {
+    const int64_t left = vocab - i * kSliceV;
+    const int n = static_cast<int>(left < kSliceV ? left : kSliceV);
+    return stage<dtype>(slice_at(i), n, kNoEntry, cap, buffers[i % 2]);
+  };
+  Staged current = staged(first);
+  for (int64_t i = first; i < last; ++i) {
+    const bool next_is_whole = (i + 2) * kSliceV <= vocab;
+    if (i + 1 < last && next_is_whole && cap == 0.0f) {
+      Takeover<dtype> next(slice_at(i + 1), buffers[(i + 1) % 2]);
+      sums<kTwiceAlpha, kEntropy>(current, params, next, out + i);
+      current = next.staged(kSliceV);
+    } else {
+      NoTakeover none;
+      sums<kTwiceAlpha, kEntropy>(current, params, none, out + i);
+      if (i + 1 < last) current = staged(i + 1);
+    }
+  }
+}
 
-template <bool kEntropy>
-PK_INLINE Sums pick_sums(double alpha) {
-  static constexpr Sums kTable[kMaxTwiceAlpha + 1] = {
-      sums<0, kEntropy>,  sums<1, kEntropy>,  sums<2, kEntropy>,  sums<3, kEntropy>,
-      sums<4, kEntropy>,  sums<5, kEntropy>,  sums<6, kEntropy>,  sums<7, kEntropy>,
-      sums<8, kEntropy>,  sums<9, kEntropy>,  sums<10, kEntropy>, sums<11, kEntropy>,
-      sums<12, kEntropy>, sums<13, kEntropy>, sums<14, kEntropy>, sums<15, kEntropy>,
-      sums<16, kEntropy>};
+using Stats = void (*)(const void*, int64_t, int64_t, int64_t, const RowParams&, SliceStats*);
+
+template <DType dtype, bool kEntropy>
+PK_INLINE Stats pick_stats(double alpha) {
+  static constexpr Stats kTable[kMaxTwiceAlpha + 1] = {
+      stats<dtype, 0, kEntropy>,  stats<dtype, 1, kEntropy>,  stats<dtype, 2, kEntropy>,
+      stats<dtype, 3, kEntropy>,  stats<dtype, 4, kEntropy>,  stats<dtype, 5, kEntropy>,
+      stats<dtype, 6, kEntropy>,  stats<dtype, 7, kEntropy>,  stats<dtype, 8, kEntropy>,
+      stats<dtype, 9, kEntropy>,  stats<dtype, 10, kEntropy>, stats<dtype, 11, kEntropy>,
+      stats<dtype, 12, kEntropy>, stats<dtype, 13, kEntropy>, stats<dtype, 14, kEntropy>,
+      stats<dtype, 15, kEntropy>, stats<dtype, 16, kEntropy>};
   const double twice = 2.0 * alpha;
-  if (twice > kMaxTwiceAlpha || twice != static_cast<int>(twice)) return sums<kSecondExp, kEntropy>;
+  if (twice > kMaxTwiceAlpha || twice != static_cast<int>(twice)) {
+    return stats<dtype, kSecondExp, kEntropy>;
+  }
   return kTable[static_cast<int>(twice)];
 }
 
 template <DType dtype>
-void stats(const void* x, int n, int hidden, const RowParams& params, SliceStats* out) {
-  alignas(64) float buffer[kSliceV];
-  const Staged s = stage<dtype>(x, n, hidden, static_cast<float>(params.softcap), buffer);
-  (params.entropy ? pick_sums<true>(params.alpha) : pick_sums<false>(params.alpha))(s, params, out);
+void any_stats(const void* row, int64_t vocab, int64_t first, int64_t last, const RowParams& params,
+               SliceStats* out) {
+  const Stats picked = params.entropy ? pick_stats<dtype, true>(params.alpha)
+                                      : pick_stats<dtype, false>(params.alpha);
+  picked(row, vocab, first, last, params, out);
 }
 
 template <DType dtype>
-void masses(const void* x, int n, int hidden, const RowParams& params, double* mass) {
+double masses(const void* x, int n, int hidden, const RowParams& params, double* mass) {
   alignas(64) float buffer[kSliceV];
   alignas(64) float out[kSliceV];
   const Staged s = stage<dtype>(x, n, hidden, static_cast<float>(params.softcap), buffer);
@@ -211,10 +280,11 @@ void masses(const void* x, int n, int hidden, const RowParams& params, double* m
     store(out + i, mass_of_x);
   }
   for (int i = 0; i < n; ++i) mass[i] = out[i];
+  return s.max;
 }
 
 template <DType dtype>
-constexpr SliceKernels kKernels = {stats<dtype>, masses<dtype>};
+constexpr SliceKernels kKernels = {any_stats<dtype>, masses<dtype>};
 
 }  // namespace
 

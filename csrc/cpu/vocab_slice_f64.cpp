@@ -1,5 +1,6 @@
 // The sums over one slice in double, element by element: float64 logits, and parameters that a
 // float32 exponent cannot hold.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -28,9 +29,9 @@ double stage(const void* logits, int n, int hidden, const RowParams& params, dou
   return best;
 }
 
-void stats(const void* logits, int n, int hidden, const RowParams& params, SliceStats* out) {
+void slice_stats(const void* logits, int n, const RowParams& params, SliceStats* out) {
   double x[kSliceV];
-  const double best = stage(logits, n, hidden, params, x);
+  const double best = stage(logits, n, kNoEntry, params, x);
   const bool integer_power = params.alpha == 0.0 || params.alpha == 1.0 || params.alpha == 2.0 ||
                              params.alpha == 3.0 || params.alpha == 4.0;
   SliceStats s = {best, 0.0, 0.0, 0.0};
@@ -51,12 +52,23 @@ void stats(const void* logits, int n, int hidden, const RowParams& params, Slice
   *out = s;
 }
 
-void masses(const void* logits, int n, int hidden, const RowParams& params, double* mass) {
+void stats(const void* row, int64_t vocab, int64_t first, int64_t last, const RowParams& params,
+           SliceStats* slices) {
+  const char* data = static_cast<const char*>(row);
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t begin = i * kSliceV;
+    const int n = static_cast<int>(std::min<int64_t>(kSliceV, vocab - begin));
+    slice_stats(data + begin * element_size(params.dtype), n, params, slices + i);
+  }
+}
+
+double masses(const void* logits, int n, int hidden, const RowParams& params, double* mass) {
   const double best = stage(logits, n, hidden, params, mass);
   for (int i = 0; i < n; ++i) {
     const bool masked = mass[i] == -kInfinity;
     mass[i] = masked ? 0.0 : std::exp(params.alpha * (mass[i] - best) / params.temperature);
   }
+  return best;
 }
 
 constexpr SliceKernels kDoubleKernels = {stats, masses};

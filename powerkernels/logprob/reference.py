@@ -123,9 +123,10 @@ def _draw(log_p: Tensor, alpha: float, words: Tensor, banned: Tensor | None) -> 
     masked = log_p == -torch.inf
     best = log_p.masked_fill(masked, torch.finfo(log_p.dtype).min).amax(-1, keepdim=True)
     mass = (alpha * (log_p - best)).exp().masked_fill(masked, 0.0)
-    num_slices = -(-vocab // SLICE_V)
-    mass = torch.nn.functional.pad(mass, (0, -vocab % SLICE_V))
-    mass = mass.view(num_rows, num_slices, SLICE_V)
+    width = min(SLICE_V, vocab)
+    num_slices = -(-vocab // width)
+    mass = torch.nn.functional.pad(mass, (0, num_slices * width - vocab))
+    mass = mass.view(num_rows, num_slices, width)
     picked = inverse_cdf(mass.sum(-1), uniform53(words[:, 0], words[:, 1]))
     index = picked.view(-1, 1, 1).expand(-1, 1, width)
     inside = inverse_cdf(mass.gather(1, index).squeeze(1), uniform53(words[:, 2], words[:, 3]))

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -71,21 +74,44 @@ def random_logits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.G
     return logits.to(dtype)
 
 
-@pytest.mark.parametrize("vocab", VOCABS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_are_the_truth(backend, dtype, vocab, generator):
+class Case(NamedTuple):
+    alpha: float
+    temperature: float
+    exact: list[Tensor]
+    expression: list[Tensor]
+
+
+@functools.cache
+def cases(vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Case]]:
+    """Logits, targets and what they should give; kept, because every backend wants the same."""
+    generator = torch.Generator().manual_seed(vocab)
     rows = 2 if vocab > 50000 else 7
     logits = random_logits((rows, vocab), dtype, generator)
     targets = torch.randint(vocab, (rows,), generator=generator)
-    for alpha in ALPHAS if vocab < 50000 else (0.5, 4.0, 7.3):
-        for temperature in (1.0, 0.7):
-            got = score_tokens(logits, targets, alpha=alpha, temperature=temperature, entropy=True)
-            exact = truth(logits, targets, alpha=alpha, temperature=temperature)
-            expression = float32_expression(logits, targets, alpha, temperature)
-            for name, *values in zip(got._fields, got, exact, expression, strict=True):
-                assert_close_to_truth(
-                    *values, f"{name} at alpha {alpha}, temperature {temperature}"
-                )
+    alphas = ALPHAS if vocab < 50000 else (0.5, 4.0, 7.3)
+    return (
+        logits,
+        targets,
+        [
+            Case(
+                alpha,
+                temperature,
+                truth(logits, targets, alpha=alpha, temperature=temperature),
+                float32_expression(logits, targets, alpha, temperature),
+            )
+            for alpha, temperature in itertools.product(alphas, (1.0, 0.7))
+        ],
+    )
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_are_the_truth(backend, dtype, vocab):
+    logits, targets, expected = cases(vocab, dtype)
+    for alpha, temperature, exact, expression in expected:
+        got = score_tokens(logits, targets, alpha=alpha, temperature=temperature, entropy=True)
+        for name, *values in zip(got._fields, got, exact, expression, strict=True):
+            assert_close_to_truth(*values, f"{name} at alpha {alpha}, temperature {temperature}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

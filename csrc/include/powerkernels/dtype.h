@@ -6,9 +6,11 @@
 
 namespace powerkernels {
 
+// `static`: a SIMD file's copy must never be the one that the linker keeps for all.
+
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 
-inline int64_t element_size(DType dtype) {
+static inline int64_t element_size(DType dtype) {
   switch (dtype) {
     case DType::float64:
       return 8;
@@ -19,17 +21,17 @@ inline int64_t element_size(DType dtype) {
   }
 }
 
-inline float float_from_bits(uint32_t bits) {
+static inline float float_from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
-inline float bfloat16_to_float(uint16_t bits) {
+static inline float bfloat16_to_float(uint16_t bits) {
   return float_from_bits(static_cast<uint32_t>(bits) << 16);
 }
 
-inline float float16_to_float(uint16_t bits) {
+static inline float float16_to_float(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
   const uint32_t magnitude = bits & 0x7fffu;
   if (magnitude >= 0x7c00u) {  // infinity and NaN
@@ -43,7 +45,7 @@ inline float float16_to_float(uint16_t bits) {
 }
 
 // Element i of a row as a double.
-inline double load_as_double(const void* row, DType dtype, int64_t i) {
+static inline double load_as_double(const void* row, DType dtype, int64_t i) {
   switch (dtype) {
     case DType::float64:
       return static_cast<const double*>(row)[i];

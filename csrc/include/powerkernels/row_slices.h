@@ -17,27 +17,6 @@ inline const char* row_at(const LogitRows& logits, int64_t row, DType dtype) {
   return static_cast<const char*>(logits.data) + offset * element_size(dtype);
 }
 
-inline void prefetch_slice(const char* slice, int64_t bytes) {
-#if defined(__GNUC__)
-  constexpr int64_t kCacheLine = 64;
-  for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(slice + i);
-#else
-  (void)slice, (void)bytes;
-#endif
-}
-
-inline void compute_slices(const char* row, int64_t vocab, int64_t first, int64_t last,
-                           const SliceKernels& kernels, const RowParams& params,
-                           SliceStats* slices) {
-  const int64_t size = element_size(params.dtype);
-  for (int64_t i = first; i < last; ++i) {
-    const char* x = row + i * kSliceV * size;
-    // Memory keeps working while this slice is being summed up.
-    if (i + 1 < last) prefetch_slice(x + kSliceV * size, slice_length(vocab, i + 1) * size);
-    kernels.stats(x, slice_length(vocab, i), kNoEntry, params, slices + i);
-  }
-}
-
 // Calls finish(row, slices of the row) for every row, from any thread.
 template <typename Finish>
 void for_each_row(const LogitRows& logits, const RowParams& params, int num_threads,
@@ -55,8 +34,7 @@ void for_each_row(const LogitRows& logits, const RowParams& params, int num_thre
     parallel_for(logits.num_rows, num_threads, [&](int64_t r) {
       static thread_local std::vector<SliceStats> slices;
       if (static_cast<int64_t>(slices.size()) < count) slices.resize(static_cast<size_t>(count));
-      compute_slices(row_at(logits, r, params.dtype), logits.vocab, 0, count, kernels, params,
-                     slices.data());
+      kernels.stats(row_at(logits, r, params.dtype), logits.vocab, 0, count, params, slices.data());
       finish(r, slices.data());
     });
     return;
@@ -65,9 +43,8 @@ void for_each_row(const LogitRows& logits, const RowParams& params, int num_thre
   const int64_t tasks_per_row = (count + kSlicesPerTask - 1) / kSlicesPerTask;
   parallel_for(logits.num_rows * tasks_per_row, num_threads, [&](int64_t task) {
     const int64_t r = task / tasks_per_row, first = task % tasks_per_row * kSlicesPerTask;
-    compute_slices(row_at(logits, r, params.dtype), logits.vocab, first,
-                   std::min(first + kSlicesPerTask, count), kernels, params,
-                   slices.data() + r * count);
+    kernels.stats(row_at(logits, r, params.dtype), logits.vocab, first,
+                  std::min(first + kSlicesPerTask, count), params, slices.data() + r * count);
   });
   parallel_for(logits.num_rows, num_threads,
                [&](int64_t r) { finish(r, slices.data() + r * count); });

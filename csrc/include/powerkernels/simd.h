@@ -99,42 +99,38 @@ PK_INLINE double sum_of_lanes(F32 a) {
 
 #else
 
-// Plain loops, which compilers vectorise for whatever the machine has.
+// The vectors of GCC and Clang, which split them into what the machine has.
 struct F32 {
   static constexpr int kWidth = 8;
-  float v[kWidth];
+  typedef float Floats __attribute__((vector_size(32)));
+  typedef uint32_t Words __attribute__((vector_size(32)));
+  Floats v;
 };
-#define PK_LANES(expression)                                     \
-  F32 out;                                                       \
-  for (int i = 0; i < F32::kWidth; ++i) out.v[i] = (expression); \
-  return out
-PK_INLINE F32 splat(float x) { PK_LANES(x); }
-PK_INLINE F32 load(const float* p) { PK_LANES(p[i]); }
-PK_INLINE F32 load_bfloat16(const uint16_t* p) { PK_LANES(bfloat16_to_float(p[i])); }
-PK_INLINE F32 load_float16(const uint16_t* p) { PK_LANES(float16_to_float(p[i])); }
-PK_INLINE void store(float* p, F32 a) {
-  for (int i = 0; i < F32::kWidth; ++i) p[i] = a.v[i];
-}
-PK_INLINE F32 operator+(F32 a, F32 b) { PK_LANES(a.v[i] + b.v[i]); }
-PK_INLINE F32 operator-(F32 a, F32 b) { PK_LANES(a.v[i] - b.v[i]); }
-PK_INLINE F32 operator*(F32 a, F32 b) { PK_LANES(a.v[i] * b.v[i]); }
-PK_INLINE F32 operator/(F32 a, F32 b) { PK_LANES(a.v[i] / b.v[i]); }
-PK_INLINE F32 fma(F32 a, F32 b, F32 c) { PK_LANES(a.v[i] * b.v[i] + c.v[i]); }
-PK_INLINE F32 max(F32 a, F32 b) { PK_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-PK_INLINE F32 fms(F32 a, F32 b, F32 c) { PK_LANES(a.v[i] * b.v[i] - c.v[i]); }
-PK_INLINE F32 low_bits_as_exponent(F32 a) {
-  uint32_t bits[F32::kWidth];
-  __builtin_memcpy(bits, a.v, sizeof(bits));
-  for (int i = 0; i < F32::kWidth; ++i) bits[i] <<= 23;
+PK_INLINE F32 splat(float x) { return {F32::Floats{x, x, x, x, x, x, x, x}}; }
+PK_INLINE F32 load(const float* p) {
   F32 out;
-  __builtin_memcpy(out.v, bits, sizeof(bits));
+  __builtin_memcpy(&out.v, p, sizeof(out.v));
   return out;
 }
-PK_INLINE F32 abs(F32 a) { PK_LANES(a.v[i] < 0.0f ? -a.v[i] : a.v[i]); }
-PK_INLINE F32 where_less(F32 a, F32 b, F32 yes, F32 no) {
-  PK_LANES(a.v[i] < b.v[i] ? yes.v[i] : no.v[i]);
+PK_INLINE F32 load_bfloat16(const uint16_t* p) {
+  return {(F32::Floats)(F32::Words{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]} << 16)};
 }
-#undef PK_LANES
+PK_INLINE F32 load_float16(const uint16_t* p) {
+  F32 out;
+  for (int i = 0; i < F32::kWidth; ++i) out.v[i] = float16_to_float(p[i]);
+  return out;
+}
+PK_INLINE void store(float* p, F32 a) { __builtin_memcpy(p, &a.v, sizeof(a.v)); }
+PK_INLINE F32 operator+(F32 a, F32 b) { return {a.v + b.v}; }
+PK_INLINE F32 operator-(F32 a, F32 b) { return {a.v - b.v}; }
+PK_INLINE F32 operator*(F32 a, F32 b) { return {a.v * b.v}; }
+PK_INLINE F32 operator/(F32 a, F32 b) { return {a.v / b.v}; }
+PK_INLINE F32 fma(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }  // rounded twice
+PK_INLINE F32 fms(F32 a, F32 b, F32 c) { return {a.v * b.v - c.v}; }
+PK_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
+PK_INLINE F32 low_bits_as_exponent(F32 a) { return {(F32::Floats)((F32::Words)a.v << 23)}; }
+PK_INLINE F32 abs(F32 a) { return {(F32::Floats)((F32::Words)a.v & 0x7fffffffu)}; }
+PK_INLINE F32 where_less(F32 a, F32 b, F32 yes, F32 no) { return {a.v < b.v ? yes.v : no.v}; }
 PK_INLINE float max_of_lanes(F32 a) {
   float best = a.v[0];
   for (int i = 1; i < F32::kWidth; ++i) best = a.v[i] > best ? a.v[i] : best;

@@ -31,10 +31,12 @@ struct SliceStats {
 constexpr int kNoEntry = -1;
 
 struct SliceKernels {
-  // x: n <= kSliceV logits. Entry `hidden` counts as -inf (kNoEntry: none).
-  void (*stats)(const void* x, int n, int hidden, const RowParams& params, SliceStats* out);
-  // mass[i] = e^(alpha*(x_i - max)/temperature), 0 for x_i = -inf.
-  void (*masses)(const void* x, int n, int hidden, const RowParams& params, double* mass);
+  // Slices first..last-1 of a row of logits, each into its place in `slices`.
+  void (*stats)(const void* row, int64_t vocab, int64_t first, int64_t last,
+                const RowParams& params, SliceStats* slices);
+  // x: the n <= kSliceV logits of one slice. mass[i] = e^(alpha*(x_i - max)/temperature), 0 for
+  // -inf and for the entry `hidden` (kNoEntry: none). Returns the maximum over the others.
+  double (*masses)(const void* x, int n, int hidden, const RowParams& params, double* mass);
 };
 
 // The kernels for these parameters at the SIMD level in use.

@@ -1,0 +1,224 @@
+"""The sampler as a whole job on SmolLM2: each switch on and off, and the public sampler beside it.
+
+    python bench/power_sampling/compare_sampler.py --output bench/results/sampler_cpu.json
+    python bench/power_sampling/compare_sampler.py --peer PATH --peer-prompts 3 ...
+
+PATH is the folder of aakaran/reasoning-with-sampling that holds power_samp_utils.py; it runs as it
+is, batch 1, on the first prompts. Every run is a process of its own, so that each has its own peak
+of memory. 16 chat prompts, 160 tokens, 4 blocks, 6 transitions per block, bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.machinery
+import io
+import json
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+PROMPTS = [
+    "What is the capital of France, and what is it known for?",
+    "Write a haiku about rain.",
+    "Explain photosynthesis to a ten-year-old.",
+    "Give me three tips for sleeping better.",
+    "A train travels 60 miles in 1.5 hours. What is its average speed? Explain each step.",
+    "Who wrote Hamlet, and what is the play about?",
+    "Describe a cat in a few sentences.",
+    "How do I boil an egg?",
+    "What is gravity?",
+    "Name five fruits and say how each one tastes.",
+    "Tell me a short story about a fox.",
+    "What is a prime number? Give examples.",
+    "Why is the sky blue?",
+    "How far away is the moon, and how do we know?",
+    "Suggest a name for a boat and explain your choice.",
+    "What does HTTP stand for, and what is it used for?",
+]
+MAX_NEW_TOKENS, NUM_BLOCKS, NUM_MCMC_STEPS, ALPHA = 160, 4, 6, 4.0
+NUM_LANES = 16
+SWITCHES = {
+    "both": (True, True),
+    "early rejection": (True, False),
+    "shared-prefix skip": (False, True),
+    "neither": (False, False),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--peer", type=Path, help="folder with the public power_samp_utils.py")
+    parser.add_argument("--peer-prompts", type=int, default=3, help="prompts the peer runs")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        run_peer = options.only == "peer"
+        result = peer(options) if run_peer else ours(*SWITCHES[options.only])
+        result["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(result))
+        return
+    results = {}
+    for name in [*SWITCHES, *(["peer"] if options.peer else [])]:
+        command = [sys.executable, __file__, "--only", name]
+        if options.peer:
+            command += ["--peer", str(options.peer), "--peer-prompts", str(options.peer_prompts)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        results[name] = json.loads(output.splitlines()[-1])
+        print(f"{name}: {results[name]}", flush=True)
+    report = {"environment": environment(), "settings": settings(), "results": results}
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def ours(early_rejection: bool, shared_prefix_skip: bool) -> dict:
+    import torch
+
+    from powerkernels import PowerSampler, PowerSamplingConfig
+    from powerkernels.integrations.smollm2 import load_smollm2
+
+    model, tokenizer = load_smollm2(dtype=torch.bfloat16)
+    config = PowerSamplingConfig(
+        alpha=ALPHA,
+        max_new_tokens=MAX_NEW_TOKENS,
+        block_size=MAX_NEW_TOKENS // NUM_BLOCKS,
+        num_mcmc_steps=NUM_MCMC_STEPS,
+        num_lanes=NUM_LANES,
+        early_rejection=early_rejection,
+        shared_prefix_skip=shared_prefix_skip,
+    )
+    sampler = PowerSampler(model, tokenizer, config=config)
+    prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
+    started = time.perf_counter()
+    samples = sampler.sample(prompts, progress=False)
+    seconds = time.perf_counter() - started
+    stats = sampler.stats
+    return {
+        "seconds": seconds,
+        "prompts": len(PROMPTS),
+        "seconds_per_prompt": seconds / len(PROMPTS),
+        "model_steps": stats.model_steps,
+        "model_seconds": stats.model_seconds,
+        "prefill_seconds": stats.prefill_seconds,
+        "decoded_tokens": stats.decoded_tokens,
+        "kept_tokens": stats.kept_tokens,
+        "acceptance_rate": stats.acceptance_rate,
+        "lane_occupancy": stats.lane_occupancy,
+        "stopped_at_eos": sum(sample.finish_reason == "stop" for sample in samples),
+        "mean_log_likelihood": sum(s.log_likelihood for s in samples) / len(samples),
+    }
+
+
+def peer(options: argparse.Namespace) -> dict:
+    import torch
+
+    from powerkernels.integrations.smollm2 import load_smollm2
+
+    model, tokenizer = load_smollm2(dtype=torch.bfloat16)
+    # What the file imports for its evaluations and the sampler does not use.
+    unused = {
+        "pandas": (),
+        "datasets": ("Dataset", "load_dataset", "concatenate_datasets"),
+        "grader_utils": (),
+        "grader_utils.parse_utils": ("parse_answer",),
+        "constants": (),
+    }
+    for name, contents in unused.items():
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        for content in contents:
+            setattr(module, content, None)
+        sys.modules[name] = module
+    sys.path.insert(0, str(options.peer))
+    import power_samp_utils
+
+    sampler = power_samp_utils.AutoregressiveSampler(model, tokenizer, torch.device("cpu"))
+    # It looks for EOS in the prompt too, finds it after every turn of a chat template, and returns
+    # after one block. Without those tokens it runs its course.
+    prompts = [
+        [
+            token
+            for token in tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+            )["input_ids"]
+            if token != tokenizer.eos_token_id
+        ]
+        for text in PROMPTS[: options.peer_prompts]
+    ]
+    random.seed(0)
+    torch.manual_seed(0)
+    decoded = 0
+    generate = model.generate
+
+    def counted(*args: object, **kwargs: object) -> object:
+        nonlocal decoded
+        output = generate(*args, **kwargs)
+        decoded += output.sequences.shape[1] - kwargs["input_ids"].shape[1]
+        return output
+
+    model.generate = counted
+    seconds, kept, acceptance = [], 0, []
+    for prompt in prompts:
+        started = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            tokens, _, _, rate = power_samp_utils.mcmc_power_samp(
+                sampler, prompt, 1 / ALPHA, NUM_MCMC_STEPS, MAX_NEW_TOKENS, block_num=NUM_BLOCKS
+            )
+        seconds.append(time.perf_counter() - started)
+        kept += len(tokens) - len(prompt)
+        acceptance.append(rate)
+    return {
+        "seconds": sum(seconds),
+        "prompts": len(prompts),
+        "seconds_per_prompt": sum(seconds) / len(prompts),
+        "decoded_tokens": decoded,
+        "kept_tokens": kept,
+        "tokens_per_second": decoded / sum(seconds),
+        "acceptance_rate": sum(acceptance) / len(acceptance),
+    }
+
+
+def settings() -> dict:
+    return {
+        "model": "SmolLM2-135M-Instruct bfloat16",
+        "alpha": ALPHA,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "num_blocks": NUM_BLOCKS,
+        "num_mcmc_steps": NUM_MCMC_STEPS,
+        "num_lanes": NUM_LANES,
+    }
+
+
+def environment() -> dict:
+    import torch
+    import transformers
+
+    import powerkernels
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "powerkernels": powerkernels.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+    }
+
+
+if __name__ == "__main__":
+    main()
