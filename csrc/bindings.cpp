@@ -83,20 +83,73 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t logits, int dtype, int64_t num_rows, int64_t vocab, int64_t inner,
          int64_t outer_stride, int64_t inner_stride, uintptr_t targets, bool targets_are_int64,
          int64_t ignore_index, double alpha, double temperature, double softcap, bool entropy,
-         uintptr_t log_prob, uintptr_t log_z, uintptr_t entropy_out, int num_threads) {
+         uintptr_t log_prob, uintptr_t log_z, uintptr_t entropy_out, int num_threads,
+         uintptr_t temperatures, uintptr_t row_max, uintptr_t log_sum) {
         return score_tokens(
-            {pointer<const void>(logits), num_rows, vocab, inner, outer_stride, inner_stride},
-            pointer<const void>(targets), targets_are_int64, ignore_index,
-            {static_cast<DType>(dtype), alpha, temperature, softcap, entropy},
-            {pointer<void>(log_prob), pointer<void>(log_z), pointer<void>(entropy_out)},
+            {pointer<const void>(logits), num_rows, vocab, {inner, outer_stride, inner_stride}},
+            {pointer<const void>(targets), targets_are_int64, ignore_index},
+            {{static_cast<DType>(dtype), alpha, temperature, softcap, entropy},
+             pointer<const double>(temperatures)},
+            {pointer<void>(log_prob), pointer<void>(log_z), pointer<void>(entropy_out),
+             pointer<void>(row_max), pointer<void>(log_sum)},
             num_threads);
       },
       py::arg("logits"), py::arg("dtype"), py::arg("num_rows"), py::arg("vocab"), py::arg("inner"),
       py::arg("outer_stride"), py::arg("inner_stride"), py::arg("targets"),
       py::arg("targets_are_int64"), py::arg("ignore_index"), py::arg("alpha"),
       py::arg("temperature"), py::arg("softcap"), py::arg("entropy"), py::arg("log_prob"),
-      py::arg("log_z"), py::arg("entropy_out"), py::arg("num_threads"),
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("log_z"), py::arg("entropy_out"), py::arg("num_threads"), py::arg("temperatures") = 0,
+      py::arg("row_max") = 0, py::arg("log_sum") = 0, py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "row_sums",
+      [](uintptr_t logits, int dtype, int64_t num_rows, int64_t vocab, int64_t inner,
+         int64_t outer_stride, int64_t inner_stride, uintptr_t targets, bool targets_are_int64,
+         int64_t ignore_index, double alpha, double temperature, uintptr_t temperatures,
+         double softcap, bool entropy, uintptr_t out, int num_threads) {
+        row_sums(
+            {pointer<const void>(logits), num_rows, vocab, {inner, outer_stride, inner_stride}},
+            {pointer<const void>(targets), targets_are_int64, ignore_index},
+            {{static_cast<DType>(dtype), alpha, temperature, softcap, entropy},
+             pointer<const double>(temperatures)},
+            pointer<double>(out), num_threads);
+      },
+      py::arg("logits"), py::arg("dtype"), py::arg("num_rows"), py::arg("vocab"), py::arg("inner"),
+      py::arg("outer_stride"), py::arg("inner_stride"), py::arg("targets"),
+      py::arg("targets_are_int64"), py::arg("ignore_index"), py::arg("alpha"),
+      py::arg("temperature"), py::arg("temperatures"), py::arg("softcap"), py::arg("entropy"),
+      py::arg("out"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "score_tokens_bwd",
+      [](uintptr_t logits, int dtype, int64_t num_rows, int64_t vocab, int64_t inner,
+         int64_t outer_stride, int64_t inner_stride, uintptr_t targets, bool targets_are_int64,
+         int64_t ignore_index, double alpha, double temperature, uintptr_t temperatures,
+         double softcap, uintptr_t log_prob, uintptr_t log_z, uintptr_t entropy, uintptr_t row_max,
+         uintptr_t log_sum, uintptr_t grad_log_prob, uintptr_t grad_log_z, uintptr_t grad_entropy,
+         uintptr_t dlogits, int64_t dlogits_inner, int64_t dlogits_outer_stride,
+         int64_t dlogits_inner_stride, int num_threads) {
+        score_tokens_bwd(
+            {pointer<const void>(logits), num_rows, vocab, {inner, outer_stride, inner_stride}},
+            {pointer<const void>(targets), targets_are_int64, ignore_index},
+            {{static_cast<DType>(dtype), alpha, temperature, softcap, /*entropy=*/false},
+             pointer<const double>(temperatures)},
+            {pointer<const void>(log_prob), pointer<const void>(log_z),
+             pointer<const void>(entropy), pointer<const void>(row_max),
+             pointer<const void>(log_sum)},
+            {pointer<const void>(grad_log_prob), pointer<const void>(grad_log_z),
+             pointer<const void>(grad_entropy)},
+            {pointer<void>(dlogits), {dlogits_inner, dlogits_outer_stride, dlogits_inner_stride}},
+            num_threads);
+      },
+      py::arg("logits"), py::arg("dtype"), py::arg("num_rows"), py::arg("vocab"), py::arg("inner"),
+      py::arg("outer_stride"), py::arg("inner_stride"), py::arg("targets"),
+      py::arg("targets_are_int64"), py::arg("ignore_index"), py::arg("alpha"),
+      py::arg("temperature"), py::arg("temperatures"), py::arg("softcap"), py::arg("log_prob"),
+      py::arg("log_z"), py::arg("entropy"), py::arg("row_max"), py::arg("log_sum"),
+      py::arg("grad_log_prob"), py::arg("grad_log_z"), py::arg("grad_entropy"), py::arg("dlogits"),
+      py::arg("dlogits_inner"), py::arg("dlogits_outer_stride"), py::arg("dlogits_inner_stride"),
+      py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "sample_tokens",
@@ -104,11 +157,12 @@ PYBIND11_MODULE(_C, m) {
          uint64_t seed, uintptr_t counters, uintptr_t banned, double alpha, double temperature,
          bool entropy, uintptr_t token, uintptr_t log_prob, uintptr_t log_z, uintptr_t entropy_out,
          int num_threads) {
-        sample_tokens({pointer<const void>(logits), num_rows, vocab, num_rows, 0, row_stride}, seed,
-                      pointer<const int64_t>(counters), pointer<const int64_t>(banned),
+        sample_tokens({pointer<const void>(logits), num_rows, vocab, {num_rows, 0, row_stride}},
+                      seed, pointer<const int64_t>(counters), pointer<const int64_t>(banned),
                       {static_cast<DType>(dtype), alpha, temperature, /*softcap=*/0.0, entropy},
                       pointer<int64_t>(token),
-                      {pointer<void>(log_prob), pointer<void>(log_z), pointer<void>(entropy_out)},
+                      {pointer<void>(log_prob), pointer<void>(log_z), pointer<void>(entropy_out),
+                       nullptr, nullptr},
                       num_threads);
       },
       py::arg("logits"), py::arg("dtype"), py::arg("num_rows"), py::arg("vocab"),

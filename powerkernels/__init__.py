@@ -6,6 +6,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from powerkernels.linear_logprob import linear_score_tokens
     from powerkernels.logprob import (
         TokenSamples,
         TokenScores,
@@ -27,6 +28,7 @@ _HOMES = {
     "PowerSamplingConfig": "powerkernels.power_sampling",
     "TokenSamples": "powerkernels.logprob",
     "TokenScores": "powerkernels.logprob",
+    "linear_score_tokens": "powerkernels.linear_logprob",
     "sample_tokens": "powerkernels.logprob",
     "score_tokens": "powerkernels.logprob",
     "sequence_log_likelihood": "powerkernels.logprob",
@@ -38,6 +40,7 @@ __all__ = [
     "PowerSamplingConfig",
     "TokenSamples",
     "TokenScores",
+    "linear_score_tokens",
     "sample_tokens",
     "score_tokens",
     "sequence_log_likelihood",

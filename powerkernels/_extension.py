@@ -1,7 +1,8 @@
 """Finds the compiled part, and says which backend serves a device. Nothing else asks.
 
-POWERKERNELS_BACKEND=auto|reference|cpp chooses; auto, the default, takes the compiled backend where
-there is one. POWERKERNELS_SIMD=baseline|avx2|avx512 lowers the instruction set of the C++ part.
+POWERKERNELS_BACKEND=auto|reference|cpp|triton chooses; auto, the default, takes the compiled one
+where there is one. triton takes CPU tensors too where TRITON_INTERPRET=1, for tests.
+POWERKERNELS_SIMD=baseline|avx2|avx512 lowers the instruction set of the C++ part.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Backend = Literal["reference", "cpp"]
-_CHOICES = ("auto", "reference", "cpp")
+Backend = Literal["reference", "cpp", "triton"]
+_CHOICES = ("auto", "reference", "cpp", "triton")
 
 # What this version of the Python side calls; a module that lacks one is from another version.
 _REQUIRED = (
     "philox4x32",
     "score_tokens",
+    "row_sums",
+    "score_tokens_bwd",
     "sample_tokens",
     "sequence_log_likelihood",
     "decode_attention",
@@ -65,13 +68,34 @@ def backend_for(device: torch.device | str) -> Backend:
         raise ValueError(f"POWERKERNELS_BACKEND must be one of {_CHOICES}, got {choice!r}")
     if choice == "reference":
         return "reference"
-    if kind == "cpu" and extension() is not None:
+    if choice != "triton" and kind == "cpu" and extension() is not None:
         return "cpp"
-    # The place of the GPU backends: kind == "cuda" -> "triton".
+    if choice != "cpp" and kind == "cuda" and why_no_triton() is None:
+        return "triton"
+    if choice == "triton" and kind == "cpu" and interprets_triton():
+        return "triton"
+    if choice == "auto":
+        return "reference"
     if choice == "cpp":
         reason = why_missing() if kind == "cpu" else f"it serves CPU tensors, not {kind}"
-        raise RuntimeError(f"POWERKERNELS_BACKEND=cpp, but that backend is not there: {reason}")
-    return "reference"
+    else:
+        reason = why_no_triton() or f"it serves CUDA tensors, not {kind}"
+    raise RuntimeError(f"POWERKERNELS_BACKEND={choice}, but that backend is not there: {reason}")
+
+
+@functools.cache
+def why_no_triton() -> str | None:
+    """Why the Triton kernels cannot be used, in a line; None if they can."""
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a triton for another Python or another C library
+        return f"triton does not import: {error}"
+    return None
+
+
+def interprets_triton() -> bool:
+    """Whether Triton kernels run in its interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and why_no_triton() is None
 
 
 def num_threads() -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
 from powerkernels import _extension
+from python_tests import triton_device
 
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
 
@@ -37,6 +39,16 @@ def compiled_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     if _extension.extension() is None:
         pytest.skip(f"no compiled part: {_extension.why_missing()}")
     monkeypatch.setenv("POWERKERNELS_BACKEND", "cpp")
+
+
+@pytest.fixture(params=triton_device.DEVICES)
+def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs a test of the Triton kernels on a GPU, or in the interpreter where there is none."""
+    monkeypatch.setenv("POWERKERNELS_BACKEND", "triton")
+    if request.param == "cpu":
+        triton_device.make_interpreter_exact(monkeypatch)
+    with np.errstate(all="ignore"):  # the interpreter computes with numpy; NaN and inf are meant
+        yield request.param
 
 
 @pytest.fixture

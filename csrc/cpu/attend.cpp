@@ -10,28 +10,6 @@ namespace {
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kInfinity = __builtin_inff();
 
-template <DType dtype>
-PK_INLINE F32 load_as(const void* x, int64_t i) {
-  if constexpr (dtype == DType::float32) {
-    return load(static_cast<const float*>(x) + i);
-  } else if constexpr (dtype == DType::bfloat16) {
-    return load_bfloat16(static_cast<const uint16_t*>(x) + i);
-  } else {
-    return load_float16(static_cast<const uint16_t*>(x) + i);
-  }
-}
-
-template <DType dtype>
-PK_INLINE float load_one(const void* x, int64_t i) {
-  if constexpr (dtype == DType::float32) {
-    return static_cast<const float*>(x)[i];
-  } else if constexpr (dtype == DType::bfloat16) {
-    return bfloat16_to_float(static_cast<const uint16_t*>(x)[i]);
-  } else {
-    return float16_to_float(static_cast<const uint16_t*>(x)[i]);
-  }
-}
-
 // n elements as floats, padded with zeros to whole vectors.
 template <DType dtype>
 PK_INLINE void widen(const void* x, int64_t offset, int64_t n, float* out) {
@@ -39,44 +17,6 @@ PK_INLINE void widen(const void* x, int64_t offset, int64_t n, float* out) {
   for (; i + F32::kWidth <= n; i += F32::kWidth) store(out + i, load_as<dtype>(x, offset + i));
   for (; i < n; ++i) out[i] = load_one<dtype>(x, offset + i);
   for (; i < padded_size(n); ++i) out[i] = 0.0f;
-}
-
-PK_INLINE uint16_t float_to_bfloat16(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
-}
-
-// To nearest even; the attention's outputs are averages of float16 values and do not overflow.
-PK_INLINE uint16_t float_to_float16(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof(bits));
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
-  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves its bits at the end of the sum
-    float size;
-    __builtin_memcpy(&size, &magnitude, sizeof(size));
-    const float sum = size + 0.5f;
-    uint32_t sum_bits;
-    __builtin_memcpy(&sum_bits, &sum, sizeof(sum_bits));
-    return static_cast<uint16_t>(sign | (sum_bits - 0x3f000000u));
-  }
-  const uint32_t odd = (magnitude >> 13) & 1u;
-  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
-}
-
-template <DType dtype>
-PK_INLINE void write(void* out, int64_t i, float value) {
-  if constexpr (dtype == DType::float32) {
-    static_cast<float*>(out)[i] = value;
-  } else if constexpr (dtype == DType::bfloat16) {
-    static_cast<uint16_t*>(out)[i] = float_to_bfloat16(value);
-  } else {
-    static_cast<uint16_t*>(out)[i] = float_to_float16(value);
-  }
 }
 
 PK_INLINE float sum_lanes(F32 a) { return static_cast<float>(sum_of_lanes(a)); }
@@ -177,8 +117,8 @@ void attend_as(const AttentionHead& head, const AttentionParams& params,
   for (int64_t g = 0; g < head.group; ++g) {
     const float scale = 1.0f / total[g];
     for (int64_t i = 0; i < params.value_size; ++i) {
-      write<dtype>(head.output, g * params.value_size + i,
-                   scratch.sums[g * value_floats + i] * scale);
+      store_one<dtype>(head.output, g * params.value_size + i,
+                       scratch.sums[g * value_floats + i] * scale);
     }
   }
 }

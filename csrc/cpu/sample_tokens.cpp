@@ -80,21 +80,23 @@ void sample_tokens(const LogitRows& logits, uint64_t seed, const int64_t* counte
                    const int64_t* banned, const RowParams& params, int64_t* token,
                    const ScoreOutputs& outputs, int num_threads) {
   const SliceKernels& kernels = slice_kernels(params);
-  for_each_row(logits, params, num_threads, [&](int64_t row, const SliceStats* slices) {
-    const RowStats stats = merge_slices(slices, num_slices(logits.vocab), params);
-    if (std::isnan(stats.max)) {
-      token[row] = kNoToken;
-      write_scores(outputs, params, row, stats.max, stats.max, stats.max);
-      return;
-    }
-    PhiloxWords counter;
-    for (int i = 0; i < 4; ++i) counter.v[i] = static_cast<uint32_t>(counters[4 * row + i]);
-    const char* x = row_at(logits, row, params.dtype);
-    token[row] = draw(x, logits.vocab, slices, stats.max, kernels, params,
-                      banned == nullptr ? -1 : banned[row], philox4x32(counter, seed));
-    write_scores(outputs, params, row, log_prob_at(x, token[row], stats, params), stats.log_z,
-                 stats.entropy);
-  });
+  for_each_row(
+      logits, {params, nullptr}, num_threads, [](int64_t) { return false; },
+      [&](int64_t row, const RowParams&, const SliceStats* slices) {
+        const RowStats stats =
+            finish_row(merge_slices(slices, num_slices(logits.vocab), params), params);
+        if (std::isnan(stats.max)) {
+          token[row] = kNoToken;
+          write_scores(outputs, params, row, stats.max, stats);
+          return;
+        }
+        PhiloxWords counter;
+        for (int i = 0; i < 4; ++i) counter.v[i] = static_cast<uint32_t>(counters[4 * row + i]);
+        const char* x = row_at(logits, row, params.dtype);
+        token[row] = draw(x, logits.vocab, slices, stats.max, kernels, params,
+                          banned == nullptr ? -1 : banned[row], philox4x32(counter, seed));
+        write_scores(outputs, params, row, log_prob_at(x, token[row], stats, params), stats);
+      });
 }
 
 }  // namespace powerkernels

@@ -73,17 +73,56 @@ double masses(const void* logits, int n, int hidden, const RowParams& params, do
 
 constexpr SliceKernels kDoubleKernels = {stats, masses};
 
+bool holds(double scale) { return scale >= kMinFloatScale && scale <= kMaxFloatScale; }
+
+bool fits_float(const RowParams& params) {
+  return params.dtype != DType::float64 && holds(1.0 / params.temperature) &&
+         (params.alpha == 0.0 || holds(params.alpha / params.temperature)) &&
+         (params.softcap == 0.0 || holds(params.softcap));
+}
+
+void gradient(const void* logits, int64_t n, const RowParams& params, const RowGradient& g,
+              void* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = load_as_double(logits, params.dtype, i);
+    store_double(out, params.dtype, i, gradient_at(x, params, g, 0.0));
+  }
+}
+
 }  // namespace
 
 PK_SIMD_DECLARE(const SliceKernels& slice_kernels(DType dtype))
+PK_SIMD_DECLARE(GradientKernel gradient_kernel(const RowParams& params, const RowGradient& g))
 
 const SliceKernels& slice_kernels(const RowParams& params) {
-  const double scale = 1.0 / params.temperature, pow_scale = params.alpha / params.temperature;
-  const auto holds = [](double s) { return s >= kMinFloatScale && s <= kMaxFloatScale; };
-  const bool in_float = holds(scale) && (params.alpha == 0.0 || holds(pow_scale)) &&
-                        (params.softcap == 0.0 || holds(params.softcap));
-  if (params.dtype == DType::float64 || !in_float) return kDoubleKernels;
-  return PK_SIMD_PICK(slice_kernels)(params.dtype);
+  return fits_float(params) ? PK_SIMD_PICK(slice_kernels)(params.dtype) : kDoubleKernels;
+}
+
+GradientKernel gradient_kernel(const RowParams& params, const RowGradient& g) {
+  const double scale = 1.0 / params.temperature, slope = scale * std::abs(g.slope);
+  // A factor that overflows would give NaN where e^d is 0.
+  const bool fits = scale * std::abs(g.constant) <= kMaxFloatScale && slope <= kMaxFloatScale &&
+                    scale * std::abs(g.of_power) <= kMaxFloatScale &&
+                    (slope < kMinFloatScale || holds(scale * slope));
+  return fits_float(params) && fits ? PK_SIMD_PICK(gradient_kernel)(params, g) : gradient;
+}
+
+double gradient_at(double logit, const RowParams& params, const RowGradient& g, double one_hot) {
+  if (logit == -kInfinity) return 0.0;
+  double x = logit, derivative = 1.0;
+  if (params.softcap != 0.0) {
+    x = params.softcap * std::tanh(logit / params.softcap);
+    const double e = std::exp(-2.0 * std::abs(logit / params.softcap));
+    derivative = 4.0 * e / ((1.0 + e) * (1.0 + e));
+  }
+  const double d = (x - g.max) / params.temperature;
+  const double e = std::exp(d);
+  const double power = g.of_power == 0.0 ? 0.0 : std::exp(params.alpha * d);
+  double sum = one_hot;
+  // Where e is 0, d may be infinite. A NaN is not 0.
+  if (e != 0.0) sum += e * (g.constant + g.slope * d);
+  if (power != 0.0) sum += power * g.of_power;
+  return sum / params.temperature * derivative;
 }
 
 }  // namespace powerkernels

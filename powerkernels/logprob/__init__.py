@@ -5,8 +5,8 @@ from powerkernels.logprob.functional import (
     TokenScores,
     sample_tokens,
     score_tokens,
-    sequence_log_likelihood,
 )
+from powerkernels.logprob.sequence import sequence_log_likelihood
 
 __all__ = [
     "TokenSamples",

@@ -1,15 +1,13 @@
-"""score_tokens, sample_tokens and sequence_log_likelihood: checks, torch ops, public functions.
-
-The ops have no gradient of their own yet: where one is needed, the public functions go through the
-reference, which is differentiable (and slower).
-"""
+"""score_tokens and sample_tokens: checks, torch ops with their gradients, public functions."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from powerkernels import _extension
 from powerkernels._arguments import (
@@ -22,17 +20,16 @@ from powerkernels._arguments import (
     described,
     seed_tensor,
 )
-from powerkernels.logprob import reference
-
-MASK_DTYPES = (
-    torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    *LOGIT_DTYPES,
+from powerkernels.logprob import cpp, eager, vocab_parallel
+from powerkernels.logprob.options import (
+    ScoreOptions,
+    Scores,
+    can_be_overwritten,
+    empty_scores,
+    score_dtype,
 )
+
+TEMPERATURE_DTYPES = (torch.float32, torch.float64)
 
 
 class TokenScores(NamedTuple):
@@ -48,67 +45,159 @@ class TokenSamples(NamedTuple):
     entropy: Tensor | None  # [C] of p, in nats; None unless asked
 
 
+def implementation(logits: Tensor, options: ScoreOptions) -> ModuleType:
+    """The module that computes the scores of these logits."""
+    backend = _extension.backend_for(logits.device)
+    if backend == "cpp":
+        return cpp
+    if backend == "triton":
+        from powerkernels.logprob import gpu  # imports triton
+
+        if gpu.serves(logits, options):
+            return gpu
+    return eager
+
+
 @torch.library.custom_op("powerkernels::score_tokens", mutates_args=())
 def _score_tokens(
     logits: Tensor,
     targets: Tensor,
+    temperatures: Tensor | None,
     alpha: float,
     temperature: float,
     entropy: bool,
     softcap: float | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if _extension.backend_for(logits.device) != "cpp":
-        _check_targets(targets, logits.shape[-1], ignore_index)
-        log_prob, log_z, entropies = reference.score_tokens(
-            logits,
-            targets,
-            alpha=alpha,
-            temperature=temperature,
-            entropy=entropy,
-            softcap=softcap,
-            ignore_index=ignore_index,
-        )
-        return log_prob, log_z, log_prob.new_empty(0) if entropies is None else entropies
-    targets = targets.contiguous()
-    outputs = _empty_scores(logits, entropy)
-    logits, inner, outer_stride, inner_stride = _rows(logits)
-    bad_row = _extension.compiled().score_tokens(
-        logits=logits.data_ptr(),
-        dtype=_extension.DTYPE_CODES[logits.dtype],
-        num_rows=targets.numel(),
-        vocab=logits.shape[-1],
-        inner=inner,
-        outer_stride=outer_stride,
-        inner_stride=inner_stride,
-        targets=targets.data_ptr(),
-        targets_are_int64=targets.dtype == torch.int64,
-        ignore_index=ignore_index,
-        alpha=alpha,
-        temperature=temperature,
-        softcap=0.0 if softcap is None else softcap,
-        entropy=entropy,
-        log_prob=outputs[0].data_ptr(),
-        log_z=outputs[1].data_ptr(),
-        entropy_out=outputs[2].data_ptr(),
-        num_threads=_extension.num_threads(),
-    )
-    if bad_row >= 0:
-        _raise_bad_target(targets, bad_row, logits.shape[-1], ignore_index)
-    return outputs
+    group: str,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = ScoreOptions(alpha, temperature, temperatures, entropy, softcap)
+    module = implementation(logits, options)
+    if not group:
+        return module.score_tokens(logits, targets, ignore_index, options)
+    sums = module.row_sums(logits, targets, ignore_index, options)
+    sums = vocab_parallel.all_gather(sums, group)
+    scores = module.finish_scores(sums, targets, ignore_index, options)
+    return Scores(*(score.to(score_dtype(logits)) for score in scores))
 
 
 @_score_tokens.register_fake
 def _(
     logits: Tensor,
     targets: Tensor,
+    temperatures: Tensor | None,
     alpha: float,
     temperature: float,
     entropy: bool,
     softcap: float | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_scores(logits, entropy)
+    group: str,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return empty_scores(logits, targets.shape, entropy)
+
+
+def _score_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, temperatures, alpha, temperature, entropy, softcap, *rest = inputs
+    ignore_index, _, ctx.inplace = rest
+    ctx.entropy = entropy
+    ctx.save_for_backward(logits, targets, temperatures, *output)
+    ctx.parameters = (alpha, temperature, softcap, ignore_index)
+    ctx.set_materialize_grads(False)
+
+
+def _score_tokens_backward(
+    ctx: Any,
+    grad_log_prob: Tensor | None,
+    grad_log_z: Tensor | None,
+    grad_entropy: Tensor | None,
+    _row_max: None,
+    _log_sum: None,
+) -> tuple[Tensor | None, ...]:
+    logits, targets, temperatures, *scores = ctx.saved_tensors
+    grad_entropy = grad_entropy if ctx.entropy else None
+    arguments = (targets, temperatures, *scores, grad_log_prob, grad_log_z, grad_entropy)
+    if ctx.inplace:
+        _score_tokens_bwd_(logits, *arguments, *ctx.parameters)
+        dlogits = logits
+    else:
+        dlogits = _score_tokens_bwd(logits, *arguments, *ctx.parameters)
+    return (dlogits,) + 9 * (None,)
+
+
+_score_tokens.register_autograd(_score_tokens_backward, setup_context=_score_tokens_setup)
+
+
+@torch.library.custom_op("powerkernels::score_tokens_bwd", mutates_args=())
+def _score_tokens_bwd(
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    log_prob: Tensor,
+    log_z: Tensor,
+    entropy: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    grad_log_prob: Tensor | None,
+    grad_log_z: Tensor | None,
+    grad_entropy: Tensor | None,
+    alpha: float,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> Tensor:
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    options = ScoreOptions(alpha, temperature, temperatures, grad_entropy is not None, softcap)
+    implementation(logits, options).score_tokens_bwd(
+        logits,
+        targets,
+        ignore_index,
+        options,
+        Scores(log_prob, log_z, entropy, row_max, log_sum),
+        (grad_log_prob, grad_log_z, grad_entropy),
+        dlogits,
+    )
+    return dlogits
+
+
+@_score_tokens_bwd.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.custom_op("powerkernels::score_tokens_bwd_", mutates_args=("logits",))
+def _score_tokens_bwd_(
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    log_prob: Tensor,
+    log_z: Tensor,
+    entropy: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    grad_log_prob: Tensor | None,
+    grad_log_z: Tensor | None,
+    grad_entropy: Tensor | None,
+    alpha: float,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> None:
+    options = ScoreOptions(alpha, temperature, temperatures, grad_entropy is not None, softcap)
+    implementation(logits, options).score_tokens_bwd(
+        logits,
+        targets,
+        ignore_index,
+        options,
+        Scores(log_prob, log_z, entropy, row_max, log_sum),
+        (grad_log_prob, grad_log_z, grad_entropy),
+        logits,
+    )
+
+
+@_score_tokens_bwd_.register_fake
+def _(*_: Any) -> None:
+    return None
 
 
 def score_tokens(
@@ -116,74 +205,110 @@ def score_tokens(
     targets: Tensor,
     *,
     alpha: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     entropy: bool = False,
     softcap: float | None = None,
     ignore_index: int = -100,
+    process_group: ProcessGroup | None = None,
+    inplace_backward: bool = False,
 ) -> TokenScores:
     """Log-probability, power normaliser and entropy of each token, from one read of the logits.
 
     p = softmax(z / temperature), z = softcap * tanh(logits / softcap) if softcap is given.
-    alpha * log_prob - log_z is the log-probability under p^alpha, renormalised.
+    alpha * log_prob - log_z is the log-probability under p^alpha, renormalised. All three have a
+    gradient (once, not twice).
 
     -inf logits are legal: such entries are outside the vocabulary (also at alpha = 0 and under a
-    softcap), and as a target they have log_prob -inf. NaN, +inf, or nothing but -inf in a row gives
-    NaN for that row alone. Rows whose target is ignore_index give 0 throughout.
-
-    Where logits require a gradient, the differentiable reference computes the result: correct, in
-    float64, slow.
+    softcap), and as a target they have log_prob -inf, whose gradient is 0. NaN, +inf, or nothing
+    but -inf in a row gives NaN for that row alone; on a GPU also a finite logit that
+    log2(e) / temperature takes out of float32's range. Rows whose target is ignore_index give 0
+    throughout. They, and rows whose incoming gradients are all 0, get the gradient 0 whatever they
+    hold.
 
     Args:
         logits: float16, bfloat16, float32 or float64 [..., V], V >= 1. Rows may have any stride.
-        targets: int32 or int64 [...], in [0, V) or ignore_index.
+            With process_group, this rank's part of the vocabulary: V may differ between ranks.
+        targets: int32 or int64 [...], in [0, V) (of all ranks together) or ignore_index.
         alpha: the power, finite, >= 0.
-        temperature: > 0, finite.
+        temperature: > 0, finite; a number, or float32 or float64 [...], one a token (no gradient).
         entropy: whether to compute the entropy of p.
         softcap: > 0, finite; None for none.
         ignore_index: the target of rows to leave out.
+        process_group: over whose ranks the vocabulary is split, in the order of the ranks. All
+            ranks call with the same targets and get the same scores; a rank's gradient is that of
+            its own logits, if all ranks go on to compute the same loss.
+        inplace_backward: the backward may overwrite logits with their gradient, which saves as
+            much memory as they take. Nothing else may need them then: an op that does raises in
+            its own backward. Left aside under torch.compile, which plans memory itself.
 
     Returns:
         TokenScores of float32 [...] (float64 for float64 logits): log_prob in [-inf, 0];
         log_z = LSE(alpha z) - alpha LSE(z), <= 0 for alpha >= 1, 0 at 1; entropy in nats or None.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range.
-        IndexError: a target is neither in [0, V) nor ignore_index (checked on CPU only).
+        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range, or
+            a rank of process_group has no part of the vocabulary.
+        IndexError: a target is neither in [0, V) nor ignore_index (checked on CPU only; on a GPU
+            its log_prob is -inf).
 
     Source: the power distribution of Karan & Du 2025, "Reasoning with Sampling", section 4.1.
     """
     check_tensor("logits", logits, LOGIT_DTYPES)
-    check_vocab("logits", logits)
+    if process_group is None:
+        check_vocab("logits", logits)
+    elif logits.ndim == 0:
+        raise ValueError(f"logits must have at least 1 dimension, got {described(logits)}")
     check_tensor("targets", targets, INDEX_DTYPES, logits.device)
     check_shape("targets", targets, logits.shape[:-1])
-    check_number("alpha", alpha, low=0)
-    check_number("temperature", temperature, low=0, open_low=True)
-    if softcap is not None:
-        check_number("softcap", softcap, low=0, open_low=True)
-    if torch.is_grad_enabled() and logits.requires_grad:
-        if not torch.compiler.is_compiling():
-            _check_targets(targets, logits.shape[-1], ignore_index)
-        return TokenScores(
-            *reference.score_tokens(
-                logits,
-                targets,
-                alpha=alpha,
-                temperature=temperature,
-                entropy=entropy,
-                softcap=softcap,
-                ignore_index=ignore_index,
+    number, temperatures = check_options(alpha, temperature, softcap, targets)
+    group = vocab_parallel.name_of(process_group)
+    if group:
+        targets = vocab_parallel.local_targets(targets, logits.shape[-1], ignore_index, group)
+        ignore_index = vocab_parallel.IGNORED
+    if inplace_backward and logits.requires_grad:
+        if torch.compiler.is_compiling():
+            inplace_backward = False
+        elif not can_be_overwritten(logits):
+            raise ValueError(
+                "inplace_backward needs logits whose entries are all in different places and "
+                f"contiguous in the vocabulary, got {described(logits)}, strides {logits.stride()}"
             )
-        )
-    log_prob, log_z, entropies = _score_tokens(
+    log_prob, log_z, entropies, _, _ = _score_tokens(
         logits,
         targets,
+        temperatures,
         float(alpha),
-        float(temperature),
+        number,
         entropy,
         None if softcap is None else float(softcap),
         ignore_index,
+        group,
+        inplace_backward,
     )
     return TokenScores(log_prob, log_z, entropies if entropy else None)
+
+
+def check_options(
+    alpha: float, temperature: float | Tensor, softcap: float | None, targets: Tensor
+) -> tuple[float, Tensor | None]:
+    """The temperature as a number, 1 where it is a tensor, and the tensor."""
+    check_number("alpha", alpha, low=0)
+    if softcap is not None:
+        check_number("softcap", softcap, low=0, open_low=True)
+    if not isinstance(temperature, Tensor):
+        check_number("temperature", temperature, low=0, open_low=True)
+        return float(temperature), None
+    check_tensor("temperature", temperature, TEMPERATURE_DTYPES, targets.device)
+    check_shape("temperature", temperature, targets.shape)
+    if temperature.requires_grad:
+        raise ValueError("temperature must not require a gradient: there is none for it")
+    # On a GPU that would wait for the device.
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = ~((temperature > 0) & temperature.isfinite())
+        if bad.any():
+            value = temperature[bad][0].item()
+            raise ValueError(f"temperature must be finite numbers > 0, got {value!r} among them")
+    return 1.0, temperature
 
 
 @torch.library.custom_op("powerkernels::sample_tokens", mutates_args=())
@@ -196,36 +321,11 @@ def _sample_tokens(
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_banned(banned, logits.shape[-1])
-    if _extension.backend_for(logits.device) != "cpp":
-        token, log_prob, log_z, entropies = reference.sample_tokens(
-            logits, alpha=alpha, seed=seed, counters=counters, banned=banned, entropy=entropy
-        )
-        return token, log_prob, log_z, log_prob.new_empty(0) if entropies is None else entropies
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    counters = counters.contiguous()
-    banned = None if banned is None else banned.contiguous()
-    token = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    outputs = _empty_scores(logits, entropy)
-    _extension.compiled().sample_tokens(
-        logits=logits.data_ptr(),
-        dtype=_extension.DTYPE_CODES[logits.dtype],
-        num_rows=logits.shape[0],
-        vocab=logits.shape[1],
-        row_stride=logits.stride(0),
-        seed=int(seed.item()) % 2**64,
-        counters=counters.data_ptr(),
-        banned=_extension.address(banned),
-        alpha=alpha,
-        temperature=1.0,
-        entropy=entropy,
-        token=token.data_ptr(),
-        log_prob=outputs[0].data_ptr(),
-        log_z=outputs[1].data_ptr(),
-        entropy_out=outputs[2].data_ptr(),
-        num_threads=_extension.num_threads(),
+    options = ScoreOptions(alpha=alpha, entropy=entropy)
+    token, scores = implementation(logits, options).sample_tokens(
+        logits, seed, counters, banned, options
     )
-    return token, *outputs
+    return token, *scores[:3]
 
 
 @_sample_tokens.register_fake
@@ -238,7 +338,7 @@ def _(
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     token = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    return token, *_empty_scores(logits, entropy)
+    return token, *empty_scores(logits, token.shape, entropy)[:3]
 
 
 def sample_tokens(
@@ -254,10 +354,14 @@ def sample_tokens(
 
     A row's result depends on its logits, counters, banned token and the seed, and on nothing else:
     not on the other rows, the row's place, or the number of threads. log_prob, log_z and entropy
-    have the bits that `score_tokens` gives for the token.
+    have the bits that `score_tokens` gives for the token, and its gradient where logits require
+    one.
 
-    A row with NaN, +inf, or nothing but -inf gives token -1 and NaN scores. As in `score_tokens`,
-    logits that require a gradient go through the differentiable reference.
+    Every backend draws the same token from the same logits and counters, but where the uniform
+    falls within rounding of a bound of the cumulative probabilities: of the order of 1e-5 of the
+    draws from a flat law over a large vocabulary, and less from a sharper one.
+
+    A row with NaN, +inf, or nothing but -inf gives token -1 and NaN scores.
 
     Args:
         logits: float16, bfloat16, float32 or float64 [C, V], V >= 1. -inf entries are never drawn.
@@ -286,156 +390,11 @@ def sample_tokens(
         check_tensor("banned", banned, (torch.int64,), logits.device)
         check_shape("banned", banned, (logits.shape[0],))
     key = seed_tensor(seed, logits.device)
+    token, *scores = _sample_tokens(logits.detach(), counters, key, banned, float(alpha), entropy)
     if torch.is_grad_enabled() and logits.requires_grad:
-        if not torch.compiler.is_compiling():
-            _check_banned(banned, logits.shape[-1])
-        return TokenSamples(
-            *reference.sample_tokens(
-                logits, alpha=alpha, seed=key, counters=counters, banned=banned, entropy=entropy
-            )
-        )
-    token, log_prob, log_z, entropies = _sample_tokens(
-        logits, counters, key, banned, float(alpha), entropy
-    )
+        scores = list(score_tokens(logits, token.clamp(min=0), alpha=alpha, entropy=entropy))
+    log_prob, log_z, entropies = scores
     return TokenSamples(token, log_prob, log_z, entropies if entropy else None)
-
-
-@torch.library.custom_op("powerkernels::sequence_log_likelihood", mutates_args=())
-def _sequence_log_likelihood(
-    log_prob: Tensor, alpha: float, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> Tensor:
-    _check_cu_seqlens(cu_seqlens, log_prob)
-    if _extension.backend_for(log_prob.device) != "cpp":
-        return reference.sequence_log_likelihood(
-            log_prob, alpha=alpha, mask=mask, cu_seqlens=cu_seqlens
-        )
-    if log_prob.stride(-1) != 1:
-        log_prob = log_prob.contiguous()
-    kept = None if mask is None else (mask != 0).contiguous()
-    bounds = None if cu_seqlens is None else cu_seqlens.long().contiguous()
-    rows = log_prob.shape[0] if bounds is None else len(bounds) - 1
-    total = torch.empty(rows, dtype=torch.float64)
-    _extension.compiled().sequence_log_likelihood(
-        log_prob=log_prob.data_ptr(),
-        dtype=_extension.DTYPE_CODES[log_prob.dtype],
-        rows=rows,
-        length=log_prob.shape[-1],
-        row_stride=log_prob.stride(0),
-        mask=_extension.address(kept),
-        cu_seqlens=_extension.address(bounds),
-        alpha=alpha,
-        out=total.data_ptr(),
-        num_threads=_extension.num_threads(),
-    )
-    return total.to(reference.score_dtype(log_prob))
-
-
-@_sequence_log_likelihood.register_fake
-def _(log_prob: Tensor, alpha: float, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    rows = log_prob.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return torch.empty(rows, dtype=reference.score_dtype(log_prob), device=log_prob.device)
-
-
-def sequence_log_likelihood(
-    log_prob: Tensor,
-    *,
-    alpha: float = 1.0,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """alpha times the log-likelihood of each sequence: log p(x)^alpha, not normalised.
-
-    Sums are in float64. Places that are masked out may hold anything. An impossible sequence (-inf)
-    stays -inf at alpha = 0. A log_prob that requires a gradient goes through the reference.
-
-    Args:
-        log_prob: float16, bfloat16, float32 or float64, [B, T], or flat [N] with cu_seqlens.
-        alpha: the power, finite, >= 0.
-        mask: [B, T], bool, integer or floating; a place counts where it is not 0.
-        cu_seqlens: int32 or int64 [B + 1], bounds of the sequences in flat log_prob: from 0, never
-            falling, to N.
-
-    Returns:
-        float32 [B] (float64 for float64 log_prob).
-
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range, or
-            mask and cu_seqlens are both given.
-
-    Source: Karan & Du 2025, "Reasoning with Sampling", section 4.1.
-    """
-    check_tensor("log_prob", log_prob, LOGIT_DTYPES)
-    check_number("alpha", alpha, low=0)
-    if cu_seqlens is not None:
-        if mask is not None:
-            raise ValueError("mask must be None where cu_seqlens is given")
-        check_tensor("cu_seqlens", cu_seqlens, INDEX_DTYPES, log_prob.device)
-        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
-            raise ValueError(f"cu_seqlens must have shape [B + 1], got {described(cu_seqlens)}")
-        if log_prob.ndim != 1:
-            raise ValueError(
-                f"log_prob must be flat [N] where cu_seqlens is given, got {described(log_prob)}"
-            )
-    elif log_prob.ndim != 2:
-        raise ValueError(
-            f"log_prob must have shape [B, T], or [N] with cu_seqlens, got {described(log_prob)}"
-        )
-    if mask is not None:
-        check_tensor("mask", mask, MASK_DTYPES, log_prob.device)
-        check_shape("mask", mask, log_prob.shape)
-    if torch.is_grad_enabled() and log_prob.requires_grad:
-        if not torch.compiler.is_compiling():
-            _check_cu_seqlens(cu_seqlens, log_prob)
-        return reference.sequence_log_likelihood(
-            log_prob, alpha=alpha, mask=mask, cu_seqlens=cu_seqlens
-        )
-    return _sequence_log_likelihood(log_prob, float(alpha), mask, cu_seqlens)
-
-
-def _empty_scores(logits: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    def empty(shape: torch.Size) -> Tensor:
-        return torch.empty(shape, dtype=reference.score_dtype(logits), device=logits.device)
-
-    shape = logits.shape[:-1]
-    return empty(shape), empty(shape), empty(shape if entropy else torch.Size((0,)))
-
-
-def _rows(logits: Tensor) -> tuple[Tensor, int, int, int]:
-    """logits as rows without a copy if two row strides can say where they are.
-
-    Returns logits, inner, outer_stride, inner_stride: row r is at
-    (r // inner) * outer_stride + (r % inner) * inner_stride. So logits[:, :-1] needs no copy.
-    """
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    if logits.ndim == 1 or logits.numel() == 0:
-        return logits, 1, 0, 0
-    if logits.ndim == 2:
-        return logits, max(logits.shape[0], 1), 0, logits.stride(0)
-    if logits.ndim > 3:
-        try:
-            view = logits.view(-1, *logits.shape[-2:])
-        except RuntimeError:
-            view = logits.contiguous().view(-1, *logits.shape[-2:])
-    else:
-        view = logits
-    return view, max(view.shape[1], 1), view.stride(0), view.stride(1)
-
-
-def _check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    if targets.device.type != "cpu":  # would wait for the device
-        return
-    bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
-    if bad.any():
-        row = int(bad.flatten().nonzero()[0])
-        _raise_bad_target(targets, row, vocab, ignore_index)
-
-
-def _raise_bad_target(targets: Tensor, row: int, vocab: int, ignore_index: int) -> None:
-    raise IndexError(
-        f"targets must be in [0, {vocab}) or ignore_index {ignore_index}, "
-        f"got {int(targets.flatten()[row])} at row {row}"
-    )
 
 
 def _check_banned(banned: Tensor | None, vocab: int) -> None:
@@ -445,15 +404,3 @@ def _check_banned(banned: Tensor | None, vocab: int) -> None:
     if bad.any():
         row = int(bad.nonzero()[0])
         raise IndexError(f"banned must be in [-1, {vocab}), got {int(banned[row])} at row {row}")
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor | None, log_prob: Tensor) -> None:
-    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
-        return
-    bounds = cu_seqlens.long()
-    count = log_prob.shape[0]
-    if bounds[0] != 0 or bounds[-1] != count or (bounds.diff() < 0).any():
-        raise ValueError(
-            f"cu_seqlens must start at 0, never fall and end at the {count} entries of log_prob, "
-            f"got {bounds.tolist()}"
-        )

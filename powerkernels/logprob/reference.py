@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from powerkernels.logprob.options import score_dtype
 from powerkernels.philox.reference import philox4x32, uniform53
 
 # Vocabulary entries per slice: the sampler picks a slice, then a token in it. Part of the contract
@@ -22,12 +23,15 @@ def score_tokens(
     targets: Tensor,
     *,
     alpha: float,
-    temperature: float,
+    temperature: float | Tensor,
     entropy: bool,
     softcap: float | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """logits [..., V], targets [...] -> log_prob, log_z, entropy [...] (None unless asked)."""
+    """logits [..., V], targets [...] -> log_prob, log_z, entropy [...] (None unless asked).
+
+    temperature: a number or a tensor [...].
+    """
     ignored = targets == ignore_index
     # Ignored rows take part in nothing: not even a NaN in them reaches a gradient.
     z = logits.masked_fill(ignored.unsqueeze(-1), 0.0)
@@ -42,6 +46,124 @@ def score_tokens(
     return log_prob, log_z, entropies
 
 
+def row_sums(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    alpha: float,
+    temperature: float | Tensor,
+    entropy: bool,
+    softcap: float | None,
+    ignore_index: int,
+) -> Tensor:
+    """logits [N, V], targets [N] -> float64 [5, N]: max, sum, pow_sum, dot, target_logit.
+
+    With d = z - max: sum = Σ e^(d/T), pow_sum = Σ e^(alpha d/T), dot = Σ d e^(d/T). What shards
+    and chunks of a vocabulary are merged from. A target outside [0, V) belongs to another shard:
+    its logit is -inf here. Ignored rows are empty.
+    """
+    ignored = (targets == ignore_index).unsqueeze(-1)
+    z = soft_capped(logits.double(), softcap).masked_fill(ignored, -torch.inf)
+    top = z.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(-1, keepdim=True)
+    masked = z == -torch.inf
+    d = (z - top.masked_fill(top == -torch.inf, 0.0)) / _per_row(temperature)
+    e = d.exp()
+    pow_sum = (alpha * d).exp().masked_fill(masked, 0.0).sum(-1)
+    dot = torch.zeros_like(pow_sum)
+    if entropy:
+        dot = (e * (d * _per_row(temperature)).masked_fill(masked, 0.0)).sum(-1)
+    here = (targets >= 0) & (targets < logits.shape[-1]) & ~ignored.squeeze(-1)
+    target_logit = z.gather(-1, targets.long().masked_fill(~here, 0).unsqueeze(-1)).squeeze(-1)
+    target_logit = target_logit.masked_fill(~here, -torch.inf)
+    return torch.stack((top.squeeze(-1), e.sum(-1), pow_sum, dot, target_logit))
+
+
+def finish_scores(
+    sums: Tensor,
+    ignored: Tensor,
+    *,
+    alpha: float,
+    temperature: float | Tensor,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """float64 sums of K shards [K, 5, N], ignored [N] -> five float64 [N].
+
+    log_prob, log_z, entropy (of no meaning unless asked), row_max, log_sum = log Σ e^((z-max)/T).
+    """
+    maxes, shard_sum, shard_pow, shard_dot, target_logits = sums.unbind(1)
+    row_max = maxes.amax(0)
+    empty = maxes == -torch.inf
+    distance = (maxes - row_max.masked_fill(row_max == -torch.inf, 0.0)).masked_fill(empty, 0.0)
+    factor = (distance / temperature).exp().masked_fill(empty, 0.0)
+    pow_factor = (alpha * distance / temperature).exp().masked_fill(empty, 0.0)
+    total = (factor * shard_sum).sum(0)
+    dot = (factor * (shard_dot + distance * shard_sum)).sum(0)
+    log_sum = total.log()
+    log_prob = (target_logits.amax(0) - row_max) / temperature - log_sum
+    log_z = (pow_factor * shard_pow).sum(0).log() - alpha * log_sum
+    log_z = _of_its_sign(log_z, alpha)
+    entropies = log_sum - dot / (total * temperature)
+    no_softmax = (row_max == -torch.inf) | total.isnan() | (row_max == torch.inf)
+    if not entropy:
+        entropies = torch.zeros_like(entropies)
+    log_prob, log_z, entropies, row_max, log_sum = (
+        value.masked_fill(no_softmax, torch.nan).masked_fill(ignored, 0.0)
+        for value in (log_prob, log_z, entropies, row_max, log_sum)
+    )
+    return log_prob, log_z, entropies, row_max, log_sum
+
+
+def score_tokens_bwd(
+    logits: Tensor,
+    targets: Tensor,
+    scores: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    *,
+    alpha: float,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int,
+) -> Tensor:
+    """The gradient of logits [..., V], in their dtype.
+
+    scores: what `finish_scores` returns, [...]; gradients: of log_prob, log_z, entropy, [...].
+
+        d log_prob / dz = onehot(y) - p
+        d log_z    / dz = alpha (q - p)
+        d entropy  / dz = -p (log p + H)
+
+    each over the temperature. The logits may be one shard of the vocabulary; a target outside
+    [0, V) is on another. Ignored rows, and rows whose gradients are all 0, get 0 whatever they
+    hold; a target with probability 0 has no gradient of its log_prob.
+    """
+    log_prob, log_z, entropy, row_max, log_sum = (score.double().unsqueeze(-1) for score in scores)
+    grad_log_prob, grad_log_z, grad_entropy = (
+        torch.zeros_like(row_max) if gradient is None else gradient.double().unsqueeze(-1)
+        for gradient in gradients
+    )
+    nothing = (grad_log_prob == 0) & (grad_log_z == 0) & (grad_entropy == 0)
+    nothing = nothing | (targets == ignore_index).unsqueeze(-1)
+    grad_log_prob = grad_log_prob.masked_fill(log_prob == -torch.inf, 0.0)
+    z = soft_capped(logits.double(), softcap)
+    masked = z == -torch.inf
+    heat = _per_row(temperature)
+    log_p = ((z - row_max) / heat - log_sum).masked_fill(masked, 0.0)
+    p = log_p.exp()
+    q = (alpha * log_p - log_z).exp()
+    entry = torch.arange(logits.shape[-1], device=logits.device)
+    one_hot = (entry == targets.unsqueeze(-1)).double()
+    dz = grad_log_prob * (one_hot - p)
+    if alpha not in (0.0, 1.0):  # there log_z is constant
+        dz = dz + alpha * grad_log_z * (q - p)
+    if gradients[2] is not None:
+        dz = dz - grad_entropy * p * (log_p + entropy)
+    dz = dz / heat
+    if softcap is not None:
+        dz = dz * (1 - (z / softcap) ** 2)
+    dz = dz.masked_fill(masked & row_max.isfinite(), 0.0).masked_fill(nothing, 0.0)
+    return dz.to(logits.dtype)
+
+
 def sample_tokens(
     logits: Tensor,
     *,
@@ -52,8 +174,8 @@ def sample_tokens(
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """logits [C, V] -> token [C] drawn from q, and its log_prob, log_z, entropy [C]."""
+    token = draw_tokens(logits, alpha=alpha, seed=seed, counters=counters, banned=banned)
     log_p = log_softmax(logits, 1.0, None)
-    token = _draw(log_p.detach(), alpha, philox4x32(counters, seed), banned)
     scores = _scores(log_p, token.clamp(min=0), alpha, entropy)
     log_prob, log_z, entropies = (
         None if score is None else score.to(score_dtype(logits)) for score in scores
@@ -61,6 +183,14 @@ def sample_tokens(
     assert log_prob is not None
     assert log_z is not None
     return token, log_prob, log_z, entropies
+
+
+def draw_tokens(
+    logits: Tensor, *, alpha: float, seed: Tensor, counters: Tensor, banned: Tensor | None
+) -> Tensor:
+    """logits [C, V] -> token int64 [C] drawn from q."""
+    log_p = log_softmax(logits.detach(), 1.0, None)
+    return _draw(log_p, alpha, philox4x32(counters, seed), banned)
 
 
 def sequence_log_likelihood(
@@ -81,16 +211,28 @@ def sequence_log_likelihood(
     return scaled.to(score_dtype(log_prob))
 
 
-def score_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def log_softmax(logits: Tensor, temperature: float | Tensor, softcap: float | None) -> Tensor:
+    """log p, float64."""
+    z = soft_capped(logits.double(), softcap)
+    return torch.log_softmax(z / _per_row(temperature), dim=-1)
 
 
-def log_softmax(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """log p, float64. -inf is a masked entry and stays one under a softcap."""
-    z = logits.double()
-    if softcap is not None:
-        z = torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
-    return torch.log_softmax(z / temperature, dim=-1)
+def soft_capped(z: Tensor, softcap: float | None) -> Tensor:
+    """-inf is a masked entry and stays one."""
+    if softcap is None:
+        return z
+    return torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
+
+
+def _per_row(temperature: float | Tensor) -> float | Tensor:
+    return temperature.double().unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+
+
+def _of_its_sign(log_z: Tensor, alpha: float) -> Tensor:
+    """What Jensen's inequality says of it, and rounding must not undo; a NaN stays."""
+    if alpha == 1:
+        return 0.0 * log_z
+    return log_z.clamp(max=0.0) if alpha > 1 else log_z.clamp(min=0.0)
 
 
 def _scores(
@@ -102,12 +244,7 @@ def _scores(
     log_prob = torch.where(log_prob == -torch.inf, -torch.inf, log_prob)
     # The mask matters at alpha = 0, where 0 * -inf is NaN.
     log_z = torch.logsumexp((alpha * log_p).masked_fill(masked, -torch.inf), dim=-1)
-    if alpha == 1:
-        log_z = 0.0 * log_z  # a NaN row stays NaN
-    elif alpha > 1:
-        log_z = log_z.clamp(max=0.0)  # what it is, but for rounding
-    else:
-        log_z = log_z.clamp(min=0.0)
+    log_z = _of_its_sign(log_z, alpha)
     if not entropy:
         return log_prob, log_z, None
     return log_prob, log_z, -(log_p.exp() * log_p.masked_fill(masked, 0.0)).sum(-1)

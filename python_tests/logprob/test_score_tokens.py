@@ -12,66 +12,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from powerkernels import score_tokens
-from powerkernels.logprob import reference
+from python_tests.logprob.expected import (
+    ALPHAS,
+    assert_close_to_truth,
+    assert_gradient_close,
+    float32_expression,
+    gradient,
+    random_logits,
+    random_weights,
+    true_gradient,
+    truth,
+)
 
-ALPHAS = (0.0, 0.5, 1.0, 2.0, 2.5, 4.0, 7.3)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # One entry; two; less than a vector; one short of, exactly and one more than a slice; a real
 # vocabulary; a large one, and odd.
 VOCABS = (1, 2, 127, 1023, 1024, 1025, 50257, 151937)
-
-# Error allowed: this many times the error of the same expression in torch's float32, plus a few
-# float32 roundings of the result. Measured: at most 1.5 times on all levels.
-ERROR_FACTOR = 2.0
-ERROR_FLOOR = 2**-22
-
-
-def truth(logits: Tensor, targets: Tensor, **options) -> list[Tensor]:
-    settings_ = {
-        "alpha": 1.0,
-        "temperature": 1.0,
-        "entropy": True,
-        "softcap": None,
-        "ignore_index": -100,
-    }
-    scores = reference.score_tokens(logits.double(), targets, **(settings_ | options))
-    return list(scores)
-
-
-def float32_expression(
-    logits: Tensor, targets: Tensor, alpha: float, temperature: float
-) -> list[Tensor]:
-    """The scores as one writes them in torch, in float32."""
-    log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
-    log_prob = log_p.gather(-1, targets[..., None].long()).squeeze(-1)
-    masked = log_p == -torch.inf
-    log_z = torch.logsumexp((alpha * log_p).masked_fill(masked, -torch.inf), dim=-1)
-    return [log_prob, log_z, -(log_p.exp() * log_p.masked_fill(masked, 0.0)).sum(-1)]
-
-
-def assert_close_to_truth(got: Tensor, exact: Tensor, expression: Tensor, what: str) -> None:
-    finite = exact.isfinite()
-    special = exact[~finite].to(got.dtype)
-    torch.testing.assert_close(got[~finite], special, rtol=0, atol=0, equal_nan=True, msg=what)
-    if not finite.any():
-        return
-    exact = exact[finite]
-    error = (got[finite].double() - exact).abs()
-    if got.dtype == torch.float64:
-        # The same formula in another order: a few roundings of float64 times log V.
-        assert (error <= 1e-12 * (1 + exact.abs())).all(), (what, error.max())
-        return
-    peer = (expression[finite].double() - exact).abs().max()
-    allowed = ERROR_FACTOR * peer + ERROR_FLOOR * (1 + exact.abs())
-    assert (error <= allowed).all(), (what, error.max(), peer)
-
-
-def random_logits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Normal logits, a fifth of them masked, entry 0 of every row never."""
-    logits = 4 * torch.randn(shape, generator=generator)
-    logits[torch.rand(shape, generator=generator) < 0.2] = -torch.inf
-    logits[..., 0] = 1.0
-    return logits.to(dtype)
 
 
 class Case(NamedTuple):
@@ -279,36 +235,220 @@ def test_entropy_is_none_unless_asked(backend):
     assert score_tokens(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)).entropy is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_are_right_where_they_are_needed(backend, dtype, generator):
-    logits = torch.randn(3, 11, dtype=dtype, generator=generator)
-    logits[1, 4] = -torch.inf
-    targets = torch.tensor([0, 4, -100])
-    alpha = 2.5
-    for field in ("log_prob", "log_z", "entropy"):
-        z = logits.clone().requires_grad_()
-        value = getattr(score_tokens(z, targets, alpha=alpha, entropy=True), field)
-        (grad,) = torch.autograd.grad(value[value.isfinite()].sum(), z)
-        log_p = torch.log_softmax(logits.double(), -1)
-        p, log_p = log_p.exp(), log_p.masked_fill(log_p == -torch.inf, 0.0)
-        if field == "log_prob":
-            exact = torch.nn.functional.one_hot(targets.clamp(min=0), 11) - p
-            exact[1] = 0  # an impossible target
-        elif field == "log_z":
-            exact = alpha * (torch.softmax(alpha * logits.double(), -1) - p)
-        else:
-            exact = -p * (log_p - (p * log_p).sum(-1, keepdim=True))
-        exact[2] = 0  # ignored
-        torch.testing.assert_close(grad, exact.to(dtype), rtol=1e-6, atol=1e-7)
+GRADIENT_ALPHAS = (0.0, 0.5, 1.0, 2.0, 2.5, 4.0, 7.3)
 
 
-def test_the_op_itself_refuses_a_gradient(backend):
-    logits = torch.zeros(1, 3, requires_grad=True)
-    log_prob, *_ = torch.ops.powerkernels.score_tokens(
-        logits, torch.tensor([0]), 1.0, 1.0, False, None, -100
+class GradientCase(NamedTuple):
+    alpha: float
+    temperature: float
+    exact: Tensor
+    expression: Tensor
+
+
+@functools.cache
+def gradient_cases(
+    vocab: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, list[Tensor], list[GradientCase]]:
+    generator = torch.Generator().manual_seed(vocab)
+    rows = 3 if vocab > 50000 else 9
+    logits = random_logits((rows, vocab), dtype, generator)
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    targets[1] = -100
+    weights = random_weights(targets, generator)
+    alphas = GRADIENT_ALPHAS if vocab < 50000 else (1.0, 2.5, 4.0, 7.3)
+    return (
+        logits,
+        targets,
+        weights,
+        [
+            GradientCase(
+                alpha,
+                temperature,
+                *true_gradient(logits, targets, weights, alpha=alpha, temperature=temperature),
+            )
+            for alpha, temperature in itertools.product(alphas, (1.0, 0.7))
+        ],
     )
-    with pytest.raises(RuntimeError, match="autograd"):
-        log_prob.sum().backward()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_the_truth(backend, dtype, vocab, inplace):
+    logits, targets, weights, expected = gradient_cases(vocab, dtype)
+    for alpha, temperature, exact, expression in expected:
+        z = logits.clone().requires_grad_()
+        scores = score_tokens(
+            z,
+            targets,
+            alpha=alpha,
+            temperature=temperature,
+            entropy=True,
+            inplace_backward=inplace,
+        )
+        got = gradient(scores, weights, z)
+        what = f"alpha {alpha}, temperature {temperature}"
+        assert_gradient_close(got, exact, expression, what, alpha)
+        assert (got.data_ptr() == z.data_ptr()) == inplace
+
+
+@pytest.mark.parametrize("field", ["log_prob", "log_z", "entropy"])
+@pytest.mark.parametrize("alpha", [2.0, 2.5, 7.3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_each_score(backend, dtype, alpha, field, generator):
+    logits = random_logits((6, 1500), dtype, generator)
+    targets = torch.randint(1500, (6,), generator=generator)
+    z = logits.clone().requires_grad_()
+    score = getattr(score_tokens(z, targets, alpha=alpha, entropy=True), field)
+    got = gradient([score], [torch.ones(6)], z)
+    weights = [torch.full((6,), float(name == field)) for name in ("log_prob", "log_z", "entropy")]
+    assert_gradient_close(got, *true_gradient(logits, targets, weights, alpha=alpha), field, alpha)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_gradient_under_a_softcap(backend, cap, dtype, generator):
+    logits = random_logits((5, 2100), dtype, generator) * 3
+    targets = torch.randint(2100, (5,), generator=generator)
+    weights = random_weights(targets, generator)
+    z = logits.clone().requires_grad_()
+    got = gradient(score_tokens(z, targets, alpha=2, entropy=True, softcap=cap), weights, z)
+    x = logits.double().requires_grad_()
+    exact = gradient(truth(x, targets, alpha=2, softcap=cap), weights, x)
+    y = logits.float().requires_grad_()
+    capped = torch.where(y == -torch.inf, y, cap * torch.tanh(y / cap))
+    expression = gradient(float32_expression(capped, targets, 2, 1.0), weights, y)
+    assert_gradient_close(got, exact, expression, f"softcap {cap}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_temperature_for_each_token(backend, dtype, generator):
+    logits = random_logits((2, 3, 1100), dtype, generator)
+    targets = torch.randint(1100, (2, 3), generator=generator)
+    temperature = torch.rand(2, 3, generator=generator) + 0.5
+    weights = random_weights(targets, generator)
+    z = logits.clone().requires_grad_()
+    scores = score_tokens(z, targets, alpha=2.5, temperature=temperature, entropy=True)
+    exact = truth(logits, targets, alpha=2.5, temperature=temperature)
+    expression = float32_expression(logits, targets, 2.5, temperature)
+    for name, *values in zip(scores._fields, scores, exact, expression, strict=True):
+        assert_close_to_truth(*values, name)
+    expected = true_gradient(logits, targets, weights, alpha=2.5, temperature=temperature)
+    assert_gradient_close(gradient(scores, weights, z), *expected, "gradient")
+    one = score_tokens(
+        logits[1, 2], targets[1, 2], alpha=2.5, temperature=float(temperature[1, 2]), entropy=True
+    )
+    for value, alone in zip(scores, one, strict=True):
+        torch.testing.assert_close(value[1, 2].detach(), alone, rtol=1e-6, atol=1e-6)
+
+
+def test_gradcheck_of_the_op(backend, generator):
+    logits = torch.randn(3, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    targets = torch.tensor([0, 4, -100])
+
+    def scores(x):
+        return score_tokens(x, targets, alpha=2.5, temperature=0.7, entropy=True, softcap=5.0)
+
+    assert torch.autograd.gradcheck(scores, (logits,))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.5])
+def test_gradcheck_of_the_reference(alpha, generator):
+    logits = torch.randn(3, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    targets = torch.tensor([0, 4, -100])
+
+    def scores(x):
+        log_prob, log_z, entropy = truth(x, targets, alpha=alpha, softcap=3.0, temperature=0.7)
+        return log_prob, log_z, entropy
+
+    assert torch.autograd.gradcheck(scores, (logits,))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.5])
+def test_rows_without_a_gradient_get_zeros_whatever_they_hold(backend, alpha, generator):
+    logits = random_logits((5, 1300), torch.float32, generator)
+    targets = torch.tensor([0, -100, 2, 0, 5])
+    logits[1] = torch.nan
+    logits[2] = torch.nan
+    logits[3, 7] = torch.nan
+    weights = [torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])] * 3
+    z = logits.clone().requires_grad_()
+    scores = score_tokens(z, targets, alpha=alpha, entropy=True)
+    total = sum((score * w).nan_to_num(0.0).sum() for score, w in zip(scores, weights, strict=True))
+    (got,) = torch.autograd.grad(total, z)
+    assert (got[[1, 2]] == 0).all()
+    assert got[[0, 4]].isfinite().all()
+    exact, expression = true_gradient(
+        logits[[0, 4]], targets[[0, 4]], [torch.ones(2)] * 3, alpha=alpha
+    )
+    assert_gradient_close(got[[0, 4]], exact, expression, "the other rows")
+
+
+def test_a_bad_row_with_a_gradient_has_a_nan_gradient_alone(backend, generator):
+    logits = random_logits((3, 1300), torch.float32, generator)
+    logits[1, 1100] = torch.nan
+    z = logits.requires_grad_()
+    scores = score_tokens(z, torch.zeros(3, dtype=torch.int64), alpha=4, entropy=True)
+    (got,) = torch.autograd.grad(sum(score.sum() for score in scores), z)
+    assert got[1].isnan().all()
+    assert got[[0, 2]].isfinite().all()
+
+
+def test_an_impossible_target_has_no_gradient(backend):
+    logits = torch.tensor([[0.0, -torch.inf, 1.0]], requires_grad=True)
+    scores = score_tokens(logits, torch.tensor([1]), alpha=2.0, entropy=True)
+    (got,) = torch.autograd.grad(scores.log_prob.sum(), logits, retain_graph=True)
+    assert (got == 0).all()
+    (got,) = torch.autograd.grad(scores.entropy.sum(), logits)
+    assert got.isfinite().all()
+    assert got[0, 0] != 0
+
+
+@pytest.mark.parametrize("layout", ["shifted", "every second row", "permuted", "last stride 2"])
+def test_gradients_of_layouts(backend, layout, generator):
+    base = torch.randn(4, 6, 9, 131, generator=generator)
+    logits = layouts(base)[layout]
+    targets = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator)
+    z = logits.detach().requires_grad_()
+    got = gradient(
+        score_tokens(z, targets, alpha=4, entropy=True), [torch.ones(targets.shape)] * 3, z
+    )
+    flat = logits.contiguous().requires_grad_()
+    expected = gradient(
+        score_tokens(flat, targets, alpha=4, entropy=True), [torch.ones(targets.shape)] * 3, flat
+    )
+    assert torch.equal(got, expected)
+
+
+def test_in_place_takes_only_what_can_be_overwritten(backend):
+    targets = torch.zeros(3, dtype=torch.int64)
+    base = torch.randn(1, 8, requires_grad=True)
+    with pytest.raises(ValueError, match=r"inplace_backward.*strides"):
+        score_tokens(base.expand(3, -1), targets, inplace_backward=True)
+    with pytest.raises(ValueError, match=r"inplace_backward.*strides"):
+        score_tokens(torch.randn(8, 3, requires_grad=True).T, targets, inplace_backward=True)
+
+
+def test_in_place_is_noticed_by_others_that_need_the_logits(backend):
+    base = torch.randn(2, 8, requires_grad=True)
+    logits = base * 2
+    targets = torch.zeros(2, dtype=torch.int64)
+    square = logits.square().sum()  # needs the logits in its own backward
+    scores = score_tokens(logits, targets, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (square + scores.log_prob.sum()).backward()
+
+
+def test_same_gradient_bits_for_any_threads(backend, generator, restore_threads):
+    logits = random_logits((5, 20011), torch.bfloat16, generator).requires_grad_()
+    targets = torch.randint(20011, (5,), generator=generator)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        scores = score_tokens(logits, targets, alpha=4, entropy=True)
+        results.append(gradient(scores, [torch.ones(5)] * 3, logits))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("entropy", [False, True])
@@ -316,10 +456,34 @@ def test_the_op_itself_refuses_a_gradient(backend):
 def test_opcheck(backend, dtype, entropy, generator):
     logits = torch.randn(2, 3, 50, generator=generator).to(dtype)
     targets = torch.randint(50, (2, 3), generator=generator)
-    torch.library.opcheck(
-        torch.ops.powerkernels.score_tokens.default,
-        (logits, targets, 2.0, 0.5, entropy, 30.0, -100),
-    )
+    temperatures = torch.ones(2, 3)
+    for grad, per_token in itertools.product((False, True), (None, temperatures)):
+        torch.library.opcheck(
+            torch.ops.powerkernels.score_tokens.default,
+            (
+                logits.clone().requires_grad_(grad),
+                targets,
+                per_token,
+                2.0,
+                0.5,
+                entropy,
+                30.0,
+                -100,
+                "",
+                False,
+            ),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_opcheck_of_the_backward(backend, dtype, generator):
+    logits = torch.randn(2, 3, 50, generator=generator).to(dtype)
+    targets = torch.randint(50, (2, 3), generator=generator)
+    op = torch.ops.powerkernels
+    scores = op.score_tokens(logits, targets, None, 2.0, 0.5, True, None, -100, "", False)
+    arguments = (targets, None, *scores, scores[0], None, scores[2], 2.0, 0.5, None, -100)
+    torch.library.opcheck(op.score_tokens_bwd.default, (logits, *arguments))
+    torch.library.opcheck(op.score_tokens_bwd_.default, (logits, *arguments))
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
@@ -334,6 +498,21 @@ def test_compiles_as_one_graph(backend, compiler, generator):
     compiled = torch.compile(scored, fullgraph=True, backend=compiler)
     torch.testing.assert_close(compiled(logits, targets), scored(logits, targets))
     assert compiled(logits[:1], targets[:1]).shape == (1, 3)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradients_compile_as_one_graph(backend, inplace, generator):
+    logits = torch.randn(2, 3, 50, generator=generator, requires_grad=True)
+    targets = torch.randint(50, (2, 3), generator=generator)
+
+    def loss(logits, targets):
+        scores = score_tokens(logits * 2, targets, alpha=4, entropy=True, inplace_backward=inplace)
+        return (scores.log_prob + scores.log_z + scores.entropy).sum()
+
+    (expected,) = torch.autograd.grad(loss(logits, targets), logits)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(logits, targets), logits)
+    torch.testing.assert_close(got, expected)
 
 
 LOGITS, TARGETS = torch.zeros(2, 5), torch.tensor([0, 1])
@@ -360,6 +539,23 @@ LOGITS, TARGETS = torch.zeros(2, 5), torch.tensor([0, 1])
         (LOGITS, TARGETS, {"alpha": True}, TypeError, "alpha"),
         (LOGITS, TARGETS, {"temperature": 0}, ValueError, "temperature.*> 0"),
         (LOGITS, TARGETS, {"softcap": 0.0}, ValueError, "softcap.*> 0"),
+        (LOGITS, TARGETS, {"temperature": torch.ones(3)}, ValueError, r"temperature.*\[2\].*\[3\]"),
+        (LOGITS, TARGETS, {"temperature": torch.ones(2).int()}, TypeError, "temperature.*int32"),
+        (
+            LOGITS,
+            TARGETS,
+            {"temperature": torch.tensor([1.0, 0.0])},
+            ValueError,
+            "temperature.*0.0",
+        ),
+        (
+            LOGITS,
+            TARGETS,
+            {"temperature": torch.ones(2, requires_grad=True)},
+            ValueError,
+            "temperature.*gradient",
+        ),
+        (LOGITS, TARGETS, {"process_group": "world"}, TypeError, "process_group.*str"),
     ],
 )
 def test_bad_arguments(backend, logits, targets, options, error, names):

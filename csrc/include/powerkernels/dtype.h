@@ -58,4 +58,49 @@ static inline double load_as_double(const void* row, DType dtype, int64_t i) {
   }
 }
 
+static inline uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// To nearest, ties to even; a NaN stays one.
+static inline uint16_t float_to_bfloat16(float value) {
+  const uint32_t bits = bits_of_float(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+static inline uint16_t float_to_float16(float value) {
+  const uint32_t bits = bits_of_float(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude >= 0x7f800000u) {  // infinity and NaN
+    half = 0x7c00u | (magnitude > 0x7f800000u ? 0x200u | ((magnitude >> 13) & 0x3ffu) : 0u);
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // below the normal numbers: the sum's last bit is 2^-24
+    half = bits_of_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  return static_cast<uint16_t>(sign | half);
+}
+
+static inline void store_double(void* row, DType dtype, int64_t i, double value) {
+  switch (dtype) {
+    case DType::float64:
+      static_cast<double*>(row)[i] = value;
+      return;
+    case DType::float32:
+      static_cast<float*>(row)[i] = static_cast<float>(value);
+      return;
+    case DType::bfloat16:
+      static_cast<uint16_t*>(row)[i] = float_to_bfloat16(static_cast<float>(value));
+      return;
+    default:
+      static_cast<uint16_t*>(row)[i] = float_to_float16(static_cast<float>(value));
+  }
+}
+
 }  // namespace powerkernels

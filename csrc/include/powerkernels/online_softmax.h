@@ -10,6 +10,14 @@
 
 namespace powerkernels {
 
+// SliceStats of a whole row.
+struct RowSums {
+  double max;
+  double sum;
+  double pow_sum;  // also at alpha = 1
+  double dot;
+};
+
 struct RowStats {
   double max;      // maximum logit; NaN where the row has no softmax
   double log_sum;  // log sum e^((x - max)/temperature)
@@ -35,8 +43,7 @@ inline double pow_factor(double factor, double slice_max, double row_max, const 
   return power;
 }
 
-inline RowStats merge_slices(const SliceStats* slices, int64_t count, const RowParams& params) {
-  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+inline RowSums merge_slices(const SliceStats* slices, int64_t count, const RowParams& params) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   double max = -kInfinity;
   for (int64_t i = 0; i < count; ++i) max = std::max(max, slices[i].max);
@@ -50,17 +57,23 @@ inline RowStats merge_slices(const SliceStats* slices, int64_t count, const RowP
     const double difference = s.max - max;
     const double factor = std::exp(difference / params.temperature);
     sum += factor * s.sum;
-    if (factor > 0.0) dot += factor * (s.dot + difference * s.sum);
+    if (params.entropy && factor > 0.0) dot += factor * (s.dot + difference * s.sum);
     if (params.alpha != 1.0) pow_sum += pow_factor(factor, s.max, max, params) * s.pow_sum;
   }
-  if (max == -kInfinity || std::isnan(sum)) return {kNaN, kNaN, kNaN, kNaN};
+  return {max, sum, params.alpha == 1.0 ? sum : pow_sum, dot};
+}
+
+inline RowStats finish_row(const RowSums& sums, const RowParams& params) {
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  if (sums.max == -kInfinity || std::isnan(sums.sum)) return {kNaN, kNaN, kNaN, kNaN};
   RowStats row;
-  row.max = max;
-  row.log_sum = std::log(sum);
-  row.entropy = row.log_sum - dot / (sum * params.temperature);
+  row.max = sums.max;
+  row.log_sum = std::log(sums.sum);
+  row.entropy = row.log_sum - sums.dot / (sums.sum * params.temperature);
   row.log_z = 0.0;
   if (params.alpha != 1.0) {
-    row.log_z = std::log(pow_sum) - params.alpha * row.log_sum;
+    row.log_z = std::log(sums.pow_sum) - params.alpha * row.log_sum;
     // Of one sign by Jensen's inequality; rounding must not say otherwise.
     row.log_z = params.alpha > 1.0 ? std::min(row.log_z, 0.0) : std::max(row.log_z, 0.0);
   }

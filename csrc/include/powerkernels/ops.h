@@ -7,29 +7,97 @@
 
 namespace powerkernels {
 
-// Rows of logits: row r is at data + ((r / inner) * outer_stride + (r % inner) * inner_stride).
+// Row r begins at element (r / inner) * outer_stride + (r % inner) * inner_stride.
+struct RowLayout {
+  int64_t inner;
+  int64_t outer_stride;
+  int64_t inner_stride;
+
+  int64_t offset(int64_t row) const {
+    return row / inner * outer_stride + row % inner * inner_stride;
+  }
+};
+
 struct LogitRows {
   const void* data;
   int64_t num_rows;
   int64_t vocab;
-  int64_t inner;
-  int64_t outer_stride;
-  int64_t inner_stride;
+  RowLayout layout;
 };
 
+// Rows whose target is ignore_index are ignored: their scores and their gradient are zeros.
+struct TargetRows {
+  const void* data;  // int32 or int64 [num_rows]
+  bool are_int64;
+  int64_t ignore_index;
+
+  int64_t at(int64_t row) const {
+    return are_int64 ? static_cast<const int64_t*>(data)[row]
+                     : static_cast<const int32_t*>(data)[row];
+  }
+  bool is_ignored(int64_t row) const { return at(row) == ignore_index; }
+};
+
+struct RowSettings {
+  RowParams params;
+  const double* temperatures;  // [num_rows], instead of params.temperature; may be null
+
+  RowParams at(int64_t row) const {
+    RowParams own = params;
+    if (temperatures != nullptr) own.temperature = temperatures[row];
+    return own;
+  }
+};
+
+// [num_rows] each: float32, or float64 for float64 logits.
 struct ScoreOutputs {
-  void* log_prob;  // float32, or float64 for float64 logits
+  void* log_prob;
   void* log_z;
   void* entropy;  // unused unless params.entropy
+  void* row_max;  // the largest logit after softcap; may be null
+  void* log_sum;  // log sum e^((x - row_max)/temperature); may be null
 };
 
 constexpr int64_t kAllTargetsValid = -1;
 
 // Returns the first row whose target is neither in [0, vocab) nor ignore_index (the outputs are
 // then not written), or kAllTargetsValid.
-int64_t score_tokens(const LogitRows& logits, const void* targets, bool targets_are_int64,
-                     int64_t ignore_index, const RowParams& params, const ScoreOutputs& outputs,
-                     int num_threads);
+int64_t score_tokens(const LogitRows& logits, const TargetRows& targets,
+                     const RowSettings& settings, const ScoreOutputs& outputs, int num_threads);
+
+// out: float64 [5, num_rows], what shards and chunks of a vocabulary are merged from: max, sum,
+// pow_sum, dot (see RowSums), and the target's logit, -inf where the target is not in [0, vocab).
+void row_sums(const LogitRows& logits, const TargetRows& targets, const RowSettings& settings,
+              double* out, int num_threads);
+
+// As ScoreOutputs.
+struct SavedScores {
+  const void* log_prob;
+  const void* log_z;
+  const void* entropy;  // null without a gradient of it
+  const void* row_max;
+  const void* log_sum;
+};
+
+// As ScoreOutputs; null: zeros.
+struct ScoreGradients {
+  const void* log_prob;
+  const void* log_z;
+  const void* entropy;
+};
+
+// As many rows as the logits, as wide and of the same dtype; may be the logits themselves.
+struct GradientRows {
+  void* data;
+  RowLayout layout;
+};
+
+// The logits may be one shard of the vocabulary: the saved scores are then of all of it, and a
+// target outside [0, vocab) is on another shard.
+void score_tokens_bwd(const LogitRows& logits, const TargetRows& targets,
+                      const RowSettings& settings, const SavedScores& saved,
+                      const ScoreGradients& gradients, const GradientRows& dlogits,
+                      int num_threads);
 
 // counters: int64 [rows, 4]; banned: int64 [rows], -1 for none, or null.
 void sample_tokens(const LogitRows& logits, uint64_t seed, const int64_t* counters,

@@ -9,6 +9,8 @@
 
 #if defined(PK_SIMD_avx2) || defined(PK_SIMD_avx512)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <xmmintrin.h>
 #endif
 
 #define PK_INLINE inline __attribute__((always_inline))
@@ -32,6 +34,20 @@ PK_INLINE F32 load_float16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 PK_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
+PK_INLINE void store_bfloat16(uint16_t* p, F32 a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  __m512i sum = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  sum = _mm512_mask_add_epi32(sum, odd, sum, _mm512_set1_epi32(1));
+  sum = _mm512_mask_or_epi32(sum, nan, bits, _mm512_set1_epi32(0x400000));
+  const __m512i rounded = _mm512_srli_epi32(sum, 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+}
+PK_INLINE void store_float16(uint16_t* p, F32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 PK_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 PK_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 PK_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -71,6 +87,22 @@ PK_INLINE F32 load_float16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 PK_INLINE void store(float* p, F32 a) { _mm256_storeu_ps(p, a.v); }
+PK_INLINE void store_bfloat16(uint16_t* p, F32 a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i upper = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i nan = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i rounded = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), nan, is_nan);
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(p),
+      _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
+}
+PK_INLINE void store_float16(uint16_t* p, F32 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 PK_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
 PK_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 PK_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -121,6 +153,12 @@ PK_INLINE F32 load_float16(const uint16_t* p) {
   return out;
 }
 PK_INLINE void store(float* p, F32 a) { __builtin_memcpy(p, &a.v, sizeof(a.v)); }
+PK_INLINE void store_bfloat16(uint16_t* p, F32 a) {
+  for (int i = 0; i < F32::kWidth; ++i) p[i] = float_to_bfloat16(a.v[i]);
+}
+PK_INLINE void store_float16(uint16_t* p, F32 a) {
+  for (int i = 0; i < F32::kWidth; ++i) p[i] = float_to_float16(a.v[i]);
+}
 PK_INLINE F32 operator+(F32 a, F32 b) { return {a.v + b.v}; }
 PK_INLINE F32 operator-(F32 a, F32 b) { return {a.v - b.v}; }
 PK_INLINE F32 operator*(F32 a, F32 b) { return {a.v * b.v}; }
@@ -143,6 +181,66 @@ PK_INLINE double sum_of_lanes(F32 a) {
 }
 
 #endif
+
+// While it lives, results below the normal numbers are 0: powers of a small exponential end there,
+// where x86 is a hundred times slower. Such inputs keep their value.
+class FlushToZero {
+ public:
+#if defined(__SSE2__)
+  FlushToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushToZero() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+  FlushToZero() {}
+#endif
+};
+
+// Elements i and on of an array of any dtype but float64.
+template <DType dtype>
+PK_INLINE F32 load_as(const void* x, int64_t i) {
+  if constexpr (dtype == DType::float32) {
+    return load(static_cast<const float*>(x) + i);
+  } else if constexpr (dtype == DType::bfloat16) {
+    return load_bfloat16(static_cast<const uint16_t*>(x) + i);
+  } else {
+    return load_float16(static_cast<const uint16_t*>(x) + i);
+  }
+}
+
+template <DType dtype>
+PK_INLINE float load_one(const void* x, int64_t i) {
+  if constexpr (dtype == DType::float32) {
+    return static_cast<const float*>(x)[i];
+  } else if constexpr (dtype == DType::bfloat16) {
+    return bfloat16_to_float(static_cast<const uint16_t*>(x)[i]);
+  } else {
+    return float16_to_float(static_cast<const uint16_t*>(x)[i]);
+  }
+}
+
+template <DType dtype>
+PK_INLINE void store_as(void* out, int64_t i, F32 value) {
+  if constexpr (dtype == DType::float32) {
+    store(static_cast<float*>(out) + i, value);
+  } else if constexpr (dtype == DType::bfloat16) {
+    store_bfloat16(static_cast<uint16_t*>(out) + i, value);
+  } else {
+    store_float16(static_cast<uint16_t*>(out) + i, value);
+  }
+}
+
+template <DType dtype>
+PK_INLINE void store_one(void* out, int64_t i, float value) {
+  if constexpr (dtype == DType::float32) {
+    static_cast<float*>(out)[i] = value;
+  } else if constexpr (dtype == DType::bfloat16) {
+    static_cast<uint16_t*>(out)[i] = float_to_bfloat16(value);
+  } else {
+    static_cast<uint16_t*>(out)[i] = float_to_float16(value);
+  }
+}
 
 // 2^-kMaxNegativeExponent and what is below the normal numbers is flushed to zero.
 constexpr float kMaxNegativeExponent = 127.0f;

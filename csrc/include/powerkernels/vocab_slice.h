@@ -42,4 +42,25 @@ struct SliceKernels {
 // The kernels for these parameters at the SIMD level in use.
 const SliceKernels& slice_kernels(const RowParams& params);
 
+// The gradient of an entry, with d = (x - max)/temperature:
+// (e^d * (constant + slope*d) + of_power * e^(alpha*d) + one_hot at the target) / temperature,
+// times the derivative of the softcap. max is finite.
+struct RowGradient {
+  double max;
+  double constant;
+  double slope;
+  double of_power;
+  double one_hot;
+};
+
+// Entries 0..n-1 of a row of logits, one_hot left out; `out` is of their dtype and may be they.
+using GradientKernel = void (*)(const void* logits, int64_t n, const RowParams& params,
+                                const RowGradient& g, void* out);
+
+// The kernel for these parameters at the SIMD level in use.
+GradientKernel gradient_kernel(const RowParams& params, const RowGradient& g);
+
+// One entry, in double; one_hot: g.one_hot if it is the target, else 0.
+double gradient_at(double logit, const RowParams& params, const RowGradient& g, double one_hot);
+
 }  // namespace powerkernels

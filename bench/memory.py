@@ -1,0 +1,42 @@
+"""How much memory a call takes at its peak, beyond what it began with."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+RESET_PEAK = "5"
+
+
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
+    """Peak memory of `call()` above that before it; None where the system does not tell."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        CLEAR_REFS.write_text(RESET_PEAK)
+        before = _kilobytes("VmRSS")
+        result = call()
+        peak = _kilobytes("VmHWM")
+    except OSError:
+        return None
+    del result
+    return 1024 * (peak - before)
+
+
+def _kilobytes(field: str) -> int:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1])
+    raise OSError(f"{STATUS} has no {field}")

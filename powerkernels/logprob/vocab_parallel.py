@@ -1,0 +1,74 @@
+"""A vocabulary split over the ranks of a process group, in their order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from powerkernels.logprob import eager
+
+# The target of a row that no shard counts. What else is outside of a shard is on another one.
+IGNORED = -(2**62)
+
+
+def name_of(process_group: ProcessGroup | None) -> str:
+    """What torch's ops know the group by; empty for None."""
+    if process_group is None:
+        return ""
+    if not isinstance(process_group, ProcessGroup):
+        raise TypeError(
+            "process_group must be a torch.distributed.ProcessGroup that this rank belongs to, "
+            f"got {type(process_group).__name__} {process_group!r}"
+        )
+    return process_group.group_name
+
+
+def _group(name: Any) -> ProcessGroup:
+    return _resolve_process_group(name)
+
+
+def shifted(targets: Tensor, ignore_index: int, start: Tensor | int) -> Tensor:
+    """Targets as entries of the part of the vocabulary that begins at start: int64, or IGNORED."""
+    return torch.where(targets == ignore_index, IGNORED, targets.long() - start)
+
+
+@torch.library.custom_op("powerkernels::vocab_parallel_targets", mutates_args=())
+def local_targets(targets: Tensor, size: int, ignore_index: int, group: str) -> Tensor:
+    """Targets of the whole vocabulary as those of this rank's `size` entries."""
+    own = torch.tensor([size], dtype=torch.int64, device=targets.device)
+    sizes = all_gather(own, group).flatten()
+    # What the others hold is on the device; looking at it there would wait.
+    known = sizes if targets.device.type == "cpu" else own
+    if (known == 0).any():
+        empty = (known == 0).nonzero().flatten().tolist()
+        where = f"ranks {empty}" if targets.device.type == "cpu" else "this rank"
+        raise ValueError(
+            f"every rank of process_group must hold part of the vocabulary; empty: {where}"
+        )
+    eager.check_targets(targets, int(sizes.sum()) if known is sizes else 0, ignore_index)
+    ends = sizes.cumsum(0)
+    rank = dist.get_rank(_group(group))
+    return shifted(targets, ignore_index, ends[rank] - size)
+
+
+@local_targets.register_fake
+def _(targets: Tensor, size: int, ignore_index: int, group: str) -> Tensor:
+    return torch.empty(targets.shape, dtype=torch.int64, device=targets.device)
+
+
+def all_gather(value: Tensor, group: str) -> Tensor:
+    """[...] of every rank -> [ranks, ...]."""
+    process_group = _group(group)
+    parts = [torch.empty_like(value) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(parts, value.contiguous(), group=process_group)
+    return torch.stack(parts)
+
+
+def all_reduce(value: Tensor, group: str) -> None:
+    """Adds up `value` over the ranks, in place."""
+    dist.all_reduce(value, group=_group(group))

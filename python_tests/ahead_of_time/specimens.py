@@ -1,0 +1,339 @@
+"""The kernels of this package as they are launched where speed matters.
+
+Imports no kernel: whether Triton interprets is decided when a kernel's module is first imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from python_tests.ahead_of_time.gate import Expectation, Specimen
+
+LOGPROB = "powerkernels.logprob.kernels:"
+EXACT = {"enable_fp_fusion": False}
+# 2 * alpha of the powers computed by products; GENERAL is the others' mark.
+ALPHA_4, ALPHA_2_5, GENERAL = 8, 5, -1
+
+ROW_SUMS = Specimen(
+    name="row_sums bf16 α=4 entropy",
+    kernel=LOGPROB + "row_sums_kernel",
+    signature={
+        "logits_ptr": "*bf16",
+        "inner": "i32",
+        "outer_stride": "i64",
+        "inner_stride": "i64",
+        "vocab": "i32",
+        "targets_ptr": "*i64",
+        "ignore_index": "i32",
+        "scale": "fp32",
+        "alpha": "fp32",
+        "softcap": "fp32",
+        "partials_ptr": "*fp32",
+        "stride_plane": "i32",
+        "stride_row": "i32",
+        "num_parts": "i32",
+        "target_logit_ptr": "*fp32",
+    },
+    constexprs={
+        "temperatures_ptr": None,
+        "ENTROPY": True,
+        "TWICE_ALPHA": ALPHA_4,
+        "SOFTCAP": False,
+        "SLICES": 8,
+        "WORDS": True,
+    },
+    aligned=("logits_ptr", "outer_stride", "inner_stride", "vocab", "targets_ptr", "partials_ptr"),
+    num_warps=1,
+    options=EXACT,
+    element_bytes=2,
+    # The exponentials beyond one an element merge the slices: 2 in 32 elements of a thread. 13.8 is
+    # what 128 lanes of issue leave an element at 4.3 TB/s; 64 registers let 32 warps be resident.
+    expected=Expectation(
+        vector_loads=True,
+        max_registers=64,
+        min_resident_warps=32,
+        exps_per_element=(1.0, 1.07),
+        max_instructions_per_element=12.8,
+    ),
+)
+
+
+def row_sums(name: str, expected: Expectation, dtype: str = "bf16", **constexprs: Any) -> Specimen:
+    return replace(
+        ROW_SUMS,
+        name=f"row_sums {name}",
+        signature={**ROW_SUMS.signature, "logits_ptr": f"*{dtype}"},
+        constexprs={**ROW_SUMS.constexprs, "WORDS": dtype == "bf16", **constexprs},
+        element_bytes=4 if dtype == "fp32" else 2,
+        expected=expected,
+    )
+
+
+# A merge needs a second exponential for a power that is no product of the first.
+ONE_EXP = Expectation(
+    vector_loads=True, exps_per_element=(1.0, 1.13), max_instructions_per_element=13.8
+)
+# Three quarters of the second exponentials, and two of each in the merge.
+SECOND_EXP = Expectation(
+    vector_loads=True, exps_per_element=(1.75, 1.9), max_instructions_per_element=16.5
+)
+
+SCORE_BWD = Specimen(
+    name="score_bwd bf16 α=4 all three",
+    kernel=LOGPROB + "score_bwd_kernel",
+    signature={
+        "logits_ptr": "*bf16",
+        "inner": "i32",
+        "outer_stride": "i64",
+        "inner_stride": "i64",
+        "vocab": "i32",
+        "targets_ptr": "*i64",
+        "ignore_index": "i32",
+        "scale": "fp32",
+        "alpha": "fp32",
+        "softcap": "fp32",
+        "row_max_ptr": "*fp32",
+        "log_sum_ptr": "*fp32",
+        "log_prob_ptr": "*fp32",
+        "log_z_ptr": "*fp32",
+        "entropy_ptr": "*fp32",
+        "grad_log_prob_ptr": "*fp32",
+        "grad_log_z_ptr": "*fp32",
+        "grad_entropy_ptr": "*fp32",
+        "dlogits_ptr": "*bf16",
+        "dlogits_inner": "i32",
+        "dlogits_outer_stride": "i64",
+        "dlogits_inner_stride": "i64",
+        "num_blocks": "i32",
+    },
+    constexprs={
+        "temperatures_ptr": None,
+        "TWICE_ALPHA": ALPHA_4,
+        "SOFTCAP": False,
+        "BLOCK_V": 4096,
+    },
+    aligned=(
+        "logits_ptr",
+        "outer_stride",
+        "inner_stride",
+        "vocab",
+        "dlogits_ptr",
+        "dlogits_outer_stride",
+        "dlogits_inner_stride",
+    ),
+    num_warps=4,
+    options=EXACT,
+    elements=4096,
+    # The narrow loads are the row's own nine scalars; 27 is what 128 lanes of issue leave an
+    # element that is read and written at 4.3 TB/s.
+    expected=Expectation(
+        vector_loads=True,
+        scalar_loads=9,
+        vector_stores=True,
+        min_resident_warps=32,
+        exps_per_element=(1.0, 1.07),
+        max_instructions_per_element=27,
+    ),
+)
+
+
+def score_bwd(
+    name: str,
+    *,
+    dtype: str = "bf16",
+    expected: Mapping[str, Any] | None = None,
+    without: tuple[str, ...] = (),
+    **constexprs: Any,
+) -> Specimen:
+    signature = {**SCORE_BWD.signature, "logits_ptr": f"*{dtype}", "dlogits_ptr": f"*{dtype}"}
+    return replace(
+        SCORE_BWD,
+        name=f"score_bwd {name}",
+        signature={key: value for key, value in signature.items() if key not in without},
+        constexprs={**SCORE_BWD.constexprs, **constexprs, **dict.fromkeys(without)},
+        expected=replace(SCORE_BWD.expected, **(expected or {})),
+    )
+
+
+MERGE = Specimen(
+    name="merge groups α=4",
+    kernel=LOGPROB + "merge_kernel",
+    signature={
+        "partials_ptr": "*fp32",
+        "stride_plane": "i32",
+        "stride_row": "i32",
+        "num_parts": "i32",
+        "target_logit_ptr": "*fp32",
+        "targets_ptr": "*i64",
+        "ignore_index": "i32",
+        "scale": "fp32",
+        "alpha": "fp32",
+        **{f"out{k}_ptr": "*fp32" for k in range(5)},
+    },
+    constexprs={
+        "stride_part": 1,
+        "target_stride_row": 1,
+        "target_stride_part": 1,
+        "num_target_parts": 1,
+        "temperatures_ptr": None,
+        "ENTROPY": True,
+        "TWICE_ALPHA": ALPHA_4,
+        "PARTS": 1,
+        "BLOCK": 32,
+        "FINISH": True,
+    },
+    num_warps=1,
+    options=EXACT,
+    expected=Expectation(max_registers=64),
+)
+
+DRAW = Specimen(
+    name="draw bf16 α=4",
+    kernel=LOGPROB + "draw_kernel",
+    signature={
+        "logits_ptr": "*bf16",
+        "stride_logits": "i64",
+        "vocab": "i32",
+        "seed_ptr": "*i64",
+        "counters_ptr": "*i64",
+        "banned_ptr": "*i64",
+        "alpha": "fp32",
+        "partials_ptr": "*fp32",
+        "stride_plane": "i32",
+        "stride_row": "i32",
+        "token_ptr": "*i64",
+        "log_prob_ptr": "*fp32",
+        "log_z_ptr": "*fp32",
+        "entropy_ptr": "*fp32",
+    },
+    constexprs={"ENTROPY": True, "TWICE_ALPHA": ALPHA_4, "GROUPS": 32, "SLICES": 256},
+    aligned=("logits_ptr", "stride_logits", "vocab", "partials_ptr"),
+    num_warps=4,
+    options=EXACT,
+    expected=Expectation(max_registers=128, max_shared=48 * 1024),
+)
+
+# As powerkernels.linear_logprob.gpu.TILES has them.
+LINEAR_TILES = {
+    80: {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64},
+    90: {"BLOCK_N": 256, "BLOCK_V": 128, "BLOCK_D": 64},
+    100: {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_D": 64},
+}
+
+
+def linear_sums(
+    name: str, arch: int, *, dtype: str = "bf16", bias: bool = False, **constexprs: Any
+) -> Specimen:
+    """The fused matmul as it is launched on an architecture."""
+    tiles, descriptors = LINEAR_TILES[arch], arch >= 90
+    n, v, d = tiles["BLOCK_N"], tiles["BLOCK_V"], tiles["BLOCK_D"]
+    signature = {
+        "hidden": f"tensordesc<{dtype}[{n},{d}]>" if descriptors else f"*{dtype}",
+        "weight": f"tensordesc<{dtype}[{v},{d}]>" if descriptors else f"*{dtype}",
+        "stride_hidden": "i64",
+        "stride_weight": "i64",
+        "num_rows": "i32",
+        "vocab": "i32",
+        "dim": "i32",
+        "targets_ptr": "*i64",
+        "ignore_index": "i64",
+        "scale": "fp32",
+        "alpha": "fp32",
+        "softcap": "fp32",
+        "partials_ptr": "*fp32",
+        "stride_plane": "i32",
+        "target_logit_ptr": "*fp32",
+    }
+    fixed = {
+        "temperatures_ptr": None,
+        "ENTROPY": True,
+        "TWICE_ALPHA": ALPHA_4,
+        "SOFTCAP": False,
+        "DESCRIPTORS": descriptors,
+        "GROUP_N": 8,
+    }
+    if bias:
+        signature["bias_ptr"] = f"*{dtype}"
+    else:
+        fixed["bias_ptr"] = None
+    aligned = ["stride_hidden", "stride_weight", "num_rows", "vocab", "dim", "partials_ptr"]
+    return Specimen(
+        name=f"linear_sums {n}x{v} {dtype} {name}",
+        kernel="powerkernels.linear_logprob.kernels:linear_sums_kernel",
+        signature=signature,
+        constexprs={**fixed, **tiles, **constexprs},
+        aligned=aligned if descriptors else [*aligned, "hidden", "weight"],
+        num_warps=8,
+        num_stages=4 if descriptors else 3,
+        options=EXACT,
+        region="code",
+        elements=n * v,
+        arches=(arch,),
+        expected=Expectation(
+            tensor_cores=True,
+            tma=descriptors,
+            max_shared=227 * 1024 if descriptors else 99 * 1024,
+            exps_per_element=(2.0, 2.05) if constexprs else (1.0, 1.05),
+        ),
+    )
+
+
+LINEAR: list[Specimen] = [
+    specimen
+    for arch in LINEAR_TILES
+    for specimen in (
+        linear_sums("α=4", arch),
+        linear_sums("α=4 bias", arch, bias=True),
+        linear_sums("α=7.3", arch, TWICE_ALPHA=GENERAL),
+        linear_sums("α=4", arch, dtype="fp16"),
+    )
+]
+
+SPECIMENS: list[Specimen] = [
+    ROW_SUMS,
+    row_sums(
+        "bf16 α=4", replace(ROW_SUMS.expected, max_instructions_per_element=10), ENTROPY=False
+    ),
+    row_sums("bf16 α=1 entropy", ONE_EXP, TWICE_ALPHA=2),
+    row_sums("bf16 α=2.5 entropy", ONE_EXP, TWICE_ALPHA=ALPHA_2_5),
+    row_sums("fp16 α=4 entropy", ONE_EXP, dtype="fp16"),
+    row_sums("fp32 α=4 entropy", ONE_EXP, dtype="fp32"),
+    row_sums("bf16 α=7.3 entropy", SECOND_EXP, TWICE_ALPHA=GENERAL),
+    # tanh takes an exponential and divisions of its own, and is no aim of these kernels' speed.
+    row_sums("bf16 α=4 entropy softcap", Expectation(vector_loads=True), SOFTCAP=True),
+    # Straight-line code, main part and masked tail as one: 32 narrow loads are the tail's.
+    replace(
+        row_sums(
+            "bf16 α=4 entropy few rows",
+            Expectation(vector_loads=True, scalar_loads=40, exps_per_element=(1.0, 1.07)),
+            SLICES=1,
+        ),
+        region="code",
+        element_bytes=None,
+        elements=2 * 1024,
+    ),
+    MERGE,
+    replace(
+        MERGE,
+        name="merge slices α=7.3",
+        constexprs={**MERGE.constexprs, "PARTS": 8, "TWICE_ALPHA": GENERAL},
+        expected=Expectation(),
+    ),
+    SCORE_BWD,
+    score_bwd("bf16 α=4 log_prob only", without=("grad_log_z_ptr", "grad_entropy_ptr")),
+    score_bwd("bf16 α=2.5 all three", TWICE_ALPHA=ALPHA_2_5),
+    score_bwd("fp16 α=4 all three", dtype="fp16"),
+    score_bwd("fp32 α=4 all three", dtype="fp32", expected={"min_resident_warps": 28}),
+    score_bwd(
+        "bf16 α=7.3 all three", expected={"exps_per_element": (2.0, 2.07)}, TWICE_ALPHA=GENERAL
+    ),
+    DRAW,
+    replace(
+        DRAW,
+        name="draw bf16 α=7.3",
+        constexprs={**DRAW.constexprs, "TWICE_ALPHA": GENERAL},
+    ),
+    *LINEAR,
+]
