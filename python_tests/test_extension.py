@@ -44,6 +44,32 @@ def test_backend_by_environment(monkeypatch):
         _extension.backend_for("cpu")
 
 
+def test_triton_serves_cuda_and_interpreted_cpu_tensors(monkeypatch):
+    if _extension.why_no_triton() is not None:
+        pytest.skip("Triton is not installed")
+    monkeypatch.setenv("POWERKERNELS_BACKEND", "auto")
+    assert _extension.backend_for("cuda") == "triton"
+    monkeypatch.setenv("POWERKERNELS_BACKEND", "triton")
+    assert _extension.backend_for("cuda") == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _extension.backend_for("cpu") == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match=r"POWERKERNELS_BACKEND=triton.*not cpu"):
+        _extension.backend_for("cpu")
+
+
+def test_without_triton_a_gpu_has_the_reference():
+    code = """
+import sys; sys.modules['triton'] = None
+from powerkernels import _extension as e
+print(e.backend_for('cuda'))
+"""
+    assert run(code, POWERKERNELS_BACKEND="auto").stdout.strip() == "reference"
+    result = run(code, POWERKERNELS_BACKEND="triton")
+    assert result.returncode != 0
+    assert "POWERKERNELS_BACKEND=triton, but that backend is not there: triton" in result.stderr
+
+
 HIDE_MODULE = "import sys; sys.modules['powerkernels._C'] = None\n"
 OLD_MODULE = "import sys, types; sys.modules['powerkernels._C'] = types.ModuleType('_C')\n"
 SCORE = """

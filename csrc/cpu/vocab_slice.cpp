@@ -40,10 +40,11 @@ struct Takeover {
       // max keeps its second argument where the first is NaN: NaN shows up in the sums instead.
       best[u] = max(value, best[u]);
     }
-    // The slice after this one; past the row's end a prefetch does nothing.
-    constexpr int kCacheLine = 64;
+    // Hardware prefetchers stop at the end of a page, which a slice of floats is: some slices
+    // ahead, into the second cache. Past the row's end a prefetch does nothing.
+    constexpr int kCacheLine = 64, kSlicesAhead = 4, kRead = 0, kSecondCache = 2;
     for (int line = 0; line < kStep * kSize; line += kCacheLine) {
-      __builtin_prefetch(x + (kSliceV + i) * kSize + line);
+      __builtin_prefetch(x + (kSlicesAhead * kSliceV + i) * kSize + line, kRead, kSecondCache);
     }
   }
 

@@ -16,20 +16,24 @@ EXACT = {"enable_fp_fusion": False}
 # 2 * alpha of the powers computed by products; GENERAL is the others' mark.
 ALPHA_4, ALPHA_2_5, GENERAL = 8, 5, -1
 
+LOGIT_ROWS = {
+    "logits_ptr": "*bf16",
+    "inner": "i32",
+    "outer_stride": "i64",
+    "inner_stride": "i64",
+    "vocab": "i32",
+    "targets_ptr": "*i64",
+    "ignore_index": "i32",
+    "scale": "fp32",
+    "alpha": "fp32",
+    "softcap": "fp32",
+}
+
 ROW_SUMS = Specimen(
     name="row_sums bf16 α=4 entropy",
     kernel=LOGPROB + "row_sums_kernel",
     signature={
-        "logits_ptr": "*bf16",
-        "inner": "i32",
-        "outer_stride": "i64",
-        "inner_stride": "i64",
-        "vocab": "i32",
-        "targets_ptr": "*i64",
-        "ignore_index": "i32",
-        "scale": "fp32",
-        "alpha": "fp32",
-        "softcap": "fp32",
+        **LOGIT_ROWS,
         "partials_ptr": "*fp32",
         "stride_plane": "i32",
         "stride_row": "i32",
@@ -84,16 +88,7 @@ SCORE_BWD = Specimen(
     name="score_bwd bf16 α=4 all three",
     kernel=LOGPROB + "score_bwd_kernel",
     signature={
-        "logits_ptr": "*bf16",
-        "inner": "i32",
-        "outer_stride": "i64",
-        "inner_stride": "i64",
-        "vocab": "i32",
-        "targets_ptr": "*i64",
-        "ignore_index": "i32",
-        "scale": "fp32",
-        "alpha": "fp32",
-        "softcap": "fp32",
+        **LOGIT_ROWS,
         "row_max_ptr": "*fp32",
         "log_sum_ptr": "*fp32",
         "log_prob_ptr": "*fp32",

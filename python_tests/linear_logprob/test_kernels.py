@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from powerkernels import linear_score_tokens
-from powerkernels.linear_logprob import gpu, reference
+from powerkernels.linear_logprob import functional, gpu, reference
 from python_tests.logprob.expected import DEFAULTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
@@ -131,3 +131,72 @@ def test_what_it_does_not_serve_is_named(kernel_device):
             targets.to(kernel_device),
             method="fused",
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnAGpu:
+    """What only a GPU can show."""
+
+    @pytest.fixture(autouse=True)
+    def use_the_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("POWERKERNELS_BACKEND", "triton")
+
+    @pytest.mark.parametrize("method", ["chunked", "fused"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_gradients(self, dtype, method, monkeypatch):
+        """Against float64, with float32 sums over the chunks of the vocabulary."""
+        monkeypatch.setattr(functional, "CHUNK_LOGITS", {"cpu": 2**16, "cuda": 2**16})
+        hidden, weight, bias, targets = inputs(300, 5000, 256, dtype)
+        targets[::7] = -100
+        leaves = [tensor.cuda().requires_grad_() for tensor in (hidden, weight, bias)]
+        scores = linear_score_tokens(
+            *leaves[:2], targets.cuda(), bias=leaves[2], alpha=2.5, entropy=True, method=method
+        )
+        sum(score.sum() for score in scores).backward()
+        exact = [tensor.double().requires_grad_() for tensor in (hidden, weight, bias)]
+        true = reference.linear_score_tokens(
+            *exact[:2], targets, bias=exact[2], **(DEFAULTS | {"alpha": 2.5})
+        )
+        sum(score.sum() for score in true).backward()
+        for leaf, expected in zip(leaves, exact, strict=True):
+            error = (leaf.grad.cpu().double() - expected.grad).abs().max()
+            assert error <= 0.03 * expected.grad.abs().max()
+
+    def test_in_a_cuda_graph(self):
+        hidden, weight, _, targets = inputs(64, 5000, 128, torch.bfloat16)
+        static = hidden.cuda().requires_grad_()
+        weight = weight.cuda().requires_grad_()
+        targets = targets.cuda()
+
+        def work() -> list[Tensor]:
+            scores = linear_score_tokens(static, weight, targets, alpha=4, entropy=True)
+            total = sum(score.sum() for score in scores)
+            return [*(s.detach() for s in scores), *torch.autograd.grad(total, (static, weight))]
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = work()
+        with torch.no_grad():
+            static.copy_(hidden.cuda().flip(0))
+        graph.replay()
+        for value, expected in zip(captured, work(), strict=True):
+            torch.testing.assert_close(value, expected)
+
+    def test_the_logits_are_never_in_memory(self):
+        rows, vocab, dim = 8192, 151936, 1024
+        hidden = torch.randn(rows, dim, device="cuda").bfloat16().requires_grad_()
+        weight = torch.randn(vocab, dim, device="cuda").mul(0.03).bfloat16().requires_grad_()
+        targets = torch.randint(vocab, (rows,), device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        scores = linear_score_tokens(hidden, weight, targets, alpha=4, entropy=True)
+        sum(score.sum() for score in scores).backward()
+        taken = torch.cuda.max_memory_allocated() - before
+        gradients = hidden.grad.nbytes + weight.grad.nbytes
+        assert taken - gradients < rows * vocab * 2 / 5
