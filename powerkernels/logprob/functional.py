@@ -358,8 +358,8 @@ def sample_tokens(
     one.
 
     Every backend draws the same token from the same logits and counters, but where the uniform
-    falls within rounding of a bound of the cumulative probabilities: of the order of 1e-5 of the
-    draws from a flat law over a large vocabulary, and less from a sharper one.
+    falls within float32's rounding of a bound of the cumulative probabilities. Measured between the
+    C++ and the float64 reference, vocabulary 3000: in none of 120 000 draws.
 
     A row with NaN, +inf, or nothing but -inf gives token -1 and NaN scores.
 
