@@ -15,11 +15,10 @@ measured).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from powerkernels._arguments import (
     INDEX_DTYPES,
@@ -31,6 +30,9 @@ from powerkernels._arguments import (
 from powerkernels.logprob import eager, vocab_parallel
 from powerkernels.logprob.functional import TokenScores, check_options, implementation
 from powerkernels.logprob.options import ScoreOptions, Scores, empty_scores
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Method = Literal["auto", "chunked", "fused"]
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from powerkernels import _extension
 from powerkernels._arguments import (
@@ -28,6 +27,9 @@ from powerkernels.logprob.options import (
     empty_scores,
     score_dtype,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 TEMPERATURE_DTYPES = (torch.float32, torch.float64)
 

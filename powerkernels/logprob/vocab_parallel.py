@@ -1,16 +1,19 @@
-"""A vocabulary split over the ranks of a process group, in their order."""
+"""A vocabulary split over the ranks of a process group, in their order.
+
+torch may be built without its distributed part: it is imported where a group is given.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from powerkernels.logprob import eager
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # The target of a row that no shard counts. What else is outside of a shard is on another one.
 IGNORED = -(2**62)
@@ -20,6 +23,8 @@ def name_of(process_group: ProcessGroup | None) -> str:
     """What torch's ops know the group by; empty for None."""
     if process_group is None:
         return ""
+    from torch.distributed import ProcessGroup
+
     if not isinstance(process_group, ProcessGroup):
         raise TypeError(
             "process_group must be a torch.distributed.ProcessGroup that this rank belongs to, "
@@ -29,6 +34,8 @@ def name_of(process_group: ProcessGroup | None) -> str:
 
 
 def _group(name: Any) -> ProcessGroup:
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
     return _resolve_process_group(name)
 
 
@@ -52,8 +59,7 @@ def local_targets(targets: Tensor, size: int, ignore_index: int, group: str) -> 
         )
     eager.check_targets(targets, int(sizes.sum()) if known is sizes else 0, ignore_index)
     ends = sizes.cumsum(0)
-    rank = dist.get_rank(_group(group))
-    return shifted(targets, ignore_index, ends[rank] - size)
+    return shifted(targets, ignore_index, ends[_group(group).rank()] - size)
 
 
 @local_targets.register_fake
@@ -63,12 +69,16 @@ def _(targets: Tensor, size: int, ignore_index: int, group: str) -> Tensor:
 
 def all_gather(value: Tensor, group: str) -> Tensor:
     """[...] of every rank -> [ranks, ...]."""
+    import torch.distributed as dist
+
     process_group = _group(group)
-    parts = [torch.empty_like(value) for _ in range(dist.get_world_size(process_group))]
+    parts = [torch.empty_like(value) for _ in range(process_group.size())]
     dist.all_gather(parts, value.contiguous(), group=process_group)
     return torch.stack(parts)
 
 
 def all_reduce(value: Tensor, group: str) -> None:
     """Adds up `value` over the ranks, in place."""
+    import torch.distributed as dist
+
     dist.all_reduce(value, group=_group(group))

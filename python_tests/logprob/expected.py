@@ -41,6 +41,14 @@ def random_logits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.G
     return logits.to(dtype)
 
 
+def far_apart(logits: Tensor) -> Tensor:
+    """The same two rows, 2^31 elements apart; what lies between them is never touched."""
+    distance = 2**31
+    memory = torch.empty(distance + logits.shape[1], dtype=logits.dtype)
+    rows = memory.as_strided(logits.shape, (distance, 1))
+    return rows.copy_(logits)
+
+
 def truth(logits: Tensor, targets: Tensor, **options: Any) -> list[Tensor]:
     return list(reference.score_tokens(logits.double(), targets, **(DEFAULTS | options)))
 

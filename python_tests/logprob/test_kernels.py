@@ -15,6 +15,7 @@ from python_tests.logprob import expected
 from python_tests.logprob.expected import (
     assert_close_to_truth,
     assert_gradient_close,
+    far_apart,
     float32_expression,
     gradient,
     random_logits,
@@ -288,6 +289,22 @@ def test_in_place(kernel_device, generator):
         assert (slope.data_ptr() == z.data_ptr()) == inplace
         results.append(slope.clone())
     assert torch.equal(*results)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the whole size is tested")
+def test_offsets_beyond_2_to_the_31(kernel_device, generator):
+    logits = torch.randn(2, 1100, generator=generator).bfloat16()
+    targets = torch.tensor([3, 1099])
+    results = []
+    for rows in (logits, far_apart(logits)):
+        samples = sample_tokens(rows, alpha=4, seed=0, counters=counters_for(2), entropy=True)
+        z = rows.requires_grad_()
+        scores = score_tokens(
+            z, targets, alpha=4, entropy=True, inplace_backward=rows is not logits
+        )
+        slope = gradient(scores, [torch.ones(2)] * 3, z)
+        results.append([*samples, *(score.detach() for score in scores), slope.clone()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("cuts", [(1025,), (7, 1500), (2047, 2048)])

@@ -16,6 +16,7 @@ from python_tests.logprob.expected import (
     ALPHAS,
     assert_close_to_truth,
     assert_gradient_close,
+    far_apart,
     float32_expression,
     gradient,
     random_logits,
@@ -418,6 +419,20 @@ def test_gradients_of_layouts(backend, layout, generator):
         score_tokens(flat, targets, alpha=4, entropy=True), [torch.ones(targets.shape)] * 3, flat
     )
     assert torch.equal(got, expected)
+
+
+def test_offsets_beyond_2_to_the_31(compiled_backend, generator):
+    logits = torch.randn(2, 1100, generator=generator).bfloat16()
+    targets = torch.tensor([3, 1099])
+    results = []
+    for rows in (logits, far_apart(logits)):
+        z = rows.requires_grad_()
+        scores = score_tokens(
+            z, targets, alpha=4, entropy=True, inplace_backward=rows is not logits
+        )
+        slope = gradient(scores, [torch.ones(2)] * 3, z)
+        results.append([*(score.detach() for score in scores), slope.clone()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_in_place_takes_only_what_can_be_overwritten(backend):
