@@ -17,6 +17,8 @@ from powerkernels.logprob.options import ScoreOptions
 DTYPES = (torch.bfloat16, torch.float16)
 # Bytes to a multiple of which TMA wants addresses and strides.
 TMA_BYTES = 16
+# Triton takes note that a size is a multiple of this, and of nothing less.
+ELEMENTS = 16
 
 
 class Tiles(NamedTuple):
@@ -36,6 +38,9 @@ class Tiles(NamedTuple):
 # become narrow loads: pointers there, and a tile that 164 KB of shared memory hold.
 TILES = {9: Tiles(256, 128, 64, 8, 4, True), 10: Tiles(128, 256, 64, 8, 4, True)}
 OTHER_TILES = Tiles(128, 128, 64, 8, 3, False)
+# Of what TMA does not take and 16-byte loads do not either: all through registers, which the tiles
+# above would spill.
+UNALIGNED_TILES = Tiles(128, 128, 32, 8, 3, False)
 
 
 def supports(hidden: Tensor, weight: Tensor, options: ScoreOptions) -> bool:
@@ -52,11 +57,14 @@ def row_sums(
     options: ScoreOptions,
 ) -> Tensor:
     """float32 [5, N] of hidden [N, D] and a shard weight [V, D], as `logprob.gpu.row_sums`."""
-    tiles = tiles_for(hidden.device)
     hidden, weight = hidden.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     num_rows, dim = hidden.shape
     vocab = weight.shape[0]
-    descriptors = tiles.descriptors and _have_descriptors(hidden, weight)
+    tiles = tiles_for(hidden.device)
+    if not _are_aligned(hidden, weight, 1 if tiles.descriptors else ELEMENTS):
+        tiles = UNALIGNED_TILES
+    descriptors = tiles.descriptors
     tiles_v = triton.cdiv(vocab, tiles.block_v)
     floats: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
     sums = torch.empty((4, num_rows, tiles_v), **floats)
@@ -89,6 +97,7 @@ def row_sums(
             TWICE_ALPHA=twice_alpha(options.alpha),
             SOFTCAP=options.softcap is not None,
             DESCRIPTORS=descriptors,
+            SPLIT=descriptors and _needs_registers(vocab, options),
             BLOCK_N=tiles.block_n,
             BLOCK_V=tiles.block_v,
             BLOCK_D=tiles.block_d,
@@ -109,9 +118,16 @@ def tiles_for(device: torch.device) -> Tiles:
     return TILES.get(torch.cuda.get_device_capability(device)[0], OTHER_TILES)
 
 
-def _have_descriptors(*matrices: Tensor) -> bool:
+def _needs_registers(vocab: int, options: ScoreOptions) -> bool:
+    """Whether an epilogue of the whole tile at once spills on sm_90 or sm_100."""
+    return options.softcap is not None or options.alpha < 1 or vocab % ELEMENTS != 0
+
+
+def _are_aligned(hidden: Tensor, weight: Tensor, elements: int) -> bool:
+    """For TMA, or with rows of a multiple of `elements` for 16-byte loads through pointers."""
     return all(
         matrix.data_ptr() % TMA_BYTES == 0
+        and matrix.shape[1] % elements == 0
         and matrix.stride(0) * matrix.element_size() % TMA_BYTES == 0
-        for matrix in matrices
+        for matrix in (hidden, weight)
     )

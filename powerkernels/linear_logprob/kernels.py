@@ -5,10 +5,10 @@ reduces them to the max, sum, pow_sum and dot of `powerkernels.logprob.kernels`;
 does the rest. Logits are float32 and never reach memory.
 
 Floor at 8192/4096/151936 in bfloat16 on an H200: 10.2 TFLOP, 12.9 ms at 790 TFLOP/s. The epilogue
-of a 128x256 tile is one exponential and about 11 instructions for each of 32768 logits: 2048 clocks
-of the special-function units beside 2800 of issue, 1.6 us, after 45 us of matmul at D = 4096, and
-not hidden by it: 96% of the matmul alone, 80% at D = 576. Memory: hidden and weight, and 16 bytes
-for each row of a tile, 1.6% of what float32 logits would take.
+of a tile of 32768 logits is one exponential and 14 instructions for each: 2048 clocks of the
+special-function units beside 3600 of issue, 2.05 us, after 45 us of matmul at D = 4096, and not
+hidden by it: 96% of the matmul alone, 75% at D = 576 (predicted). Memory: hidden and weight, and 16
+bytes for each row of a tile, 3.1% of what float32 logits would take where tiles are 128 wide.
 
 Not yet run on a GPU.
 """
@@ -25,6 +25,7 @@ from powerkernels.logprob.kernels import (
     LOWEST,
     centered,
     int_power,
+    merged,
     soft_capped,
 )
 
@@ -60,6 +61,41 @@ def sums_of_tile(x, scale, alpha, ENTROPY: tl.constexpr, TWICE_ALPHA: tl.constex
         if HALVED:
             dot = 2.0 * dot
     return max, sum, pow_sum, dot
+
+
+@triton.jit
+def part_of_tile(
+    logits,
+    entry,
+    vocab,
+    bias_ptr,
+    rows,
+    kept,
+    of_target,
+    target_logit_ptr,
+    scales,
+    alpha,
+    softcap,
+    ENTROPY: tl.constexpr,
+    TWICE_ALPHA: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """max, sum, pow_sum, dot [N] of WIDTH columns; stores the target logits among them."""
+    entries = entry + tl.arange(0, WIDTH)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + entries, mask=entries < vocab, other=0.0).to(tl.float32)
+        logits += bias[None, :]
+    if SOFTCAP:
+        logits = soft_capped(logits, softcap)
+    if entry + WIDTH > vocab:
+        logits = tl.where((entries < vocab)[None, :], logits, -INFINITY)
+    here = (of_target >= entry) & (of_target < entry + WIDTH) & (of_target < vocab)
+    if tl.max(here.to(tl.int32), axis=0) > 0:  # few tiles hold a target
+        is_target = entries[None, :] == of_target[:, None]
+        target_logit = tl.sum(tl.where(is_target, logits, 0.0), axis=1)
+        tl.store(target_logit_ptr + rows, target_logit, mask=kept & here)
+    return sums_of_tile(logits, scales, alpha, ENTROPY, TWICE_ALPHA)
 
 
 @triton.jit
@@ -113,6 +149,7 @@ def linear_sums_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP_N: tl.constexpr,
+    SPLIT: tl.constexpr,  # halves of the columns in turn: fewer registers, more instructions
 ):
     """Grid: tiles of N times tiles of V programs, GROUP_N tiles of N at a time to share the L2."""
     tiles_n = tl.cdiv(num_rows, BLOCK_N)
@@ -142,22 +179,65 @@ def linear_sums_kernel(
     else:
         scales = tl.zeros([BLOCK_N], tl.float32) + scale
 
-    entries = entry + tl.arange(0, BLOCK_V)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + entries, mask=entries < vocab, other=0.0).to(tl.float32)
-        logits += bias[None, :]
-    if SOFTCAP:
-        logits = soft_capped(logits, softcap)
-    if entry + BLOCK_V > vocab:
-        logits = tl.where((entries < vocab)[None, :], logits, -INFINITY)
-
-    here = (of_target >= entry) & (of_target < entry + BLOCK_V) & (of_target < vocab)
-    if tl.max(here.to(tl.int32), axis=0) > 0:  # few tiles hold a target
-        is_target = entries[None, :] == of_target[:, None]
-        target_logit = tl.sum(tl.where(is_target, logits, 0.0), axis=1)
-        tl.store(target_logit_ptr + rows, target_logit, mask=kept & here)
-
-    max, sum, pow_sum, dot = sums_of_tile(logits, scales, alpha, ENTROPY, TWICE_ALPHA)
+    if SPLIT:
+        # Columns 0..V/2 and the rest: half of the temporaries live at a time.
+        halves = tl.permute(tl.reshape(logits, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        max, sum, pow_sum, dot = part_of_tile(
+            left,
+            entry,
+            vocab,
+            bias_ptr,
+            rows,
+            kept,
+            of_target,
+            target_logit_ptr,
+            scales,
+            alpha,
+            softcap,
+            ENTROPY,
+            TWICE_ALPHA,
+            SOFTCAP,
+            BLOCK_V // 2,
+        )
+        max_b, sum_b, pow_b, dot_b = part_of_tile(
+            right,
+            entry + BLOCK_V // 2,
+            vocab,
+            bias_ptr,
+            rows,
+            kept,
+            of_target,
+            target_logit_ptr,
+            scales,
+            alpha,
+            softcap,
+            ENTROPY,
+            TWICE_ALPHA,
+            SOFTCAP,
+            BLOCK_V // 2,
+        )
+        max, sum, pow_sum, dot = merged(
+            max, sum, pow_sum, dot, max_b, sum_b, pow_b, dot_b, scales, alpha, ENTROPY, TWICE_ALPHA
+        )
+    else:
+        max, sum, pow_sum, dot = part_of_tile(
+            logits,
+            entry,
+            vocab,
+            bias_ptr,
+            rows,
+            kept,
+            of_target,
+            target_logit_ptr,
+            scales,
+            alpha,
+            softcap,
+            ENTROPY,
+            TWICE_ALPHA,
+            SOFTCAP,
+            BLOCK_V,
+        )
     out = partials_ptr + rows.to(tl.int64) * tiles_v + tile_v
     tl.store(out, max, mask=kept)
     plane = tl.cast(stride_plane, tl.int64)

@@ -23,6 +23,8 @@ MANY_GROUPS = 4096
 # Entries of a row that one program of the backward takes, and its warps: 32 entries a thread.
 BWD_BLOCK_V, BWD_WARPS = 4096, 4
 DRAW_WARPS = 4
+# Parts from which a row's merge takes four warps: one would spill.
+MANY_PARTS, MANY_PARTS_WARPS = 512, 4
 # e^alpha is a product for 2 * alpha up to this.
 MAX_TWICE_ALPHA = 16
 
@@ -215,6 +217,7 @@ def merge(
     _, num_rows, num_parts = partials.sums.shape
     if num_rows == 0:
         return
+    block = _power_of_2(triton.cdiv(num_parts, partials.parts_per_group))
     with device_of(partials.sums):
         kernels.merge_kernel[(num_rows,)](
             partials.sums,
@@ -231,9 +234,9 @@ def merge(
             ENTROPY=options.entropy,
             TWICE_ALPHA=twice_alpha(options.alpha),
             PARTS=partials.parts_per_group,
-            BLOCK=_power_of_2(triton.cdiv(num_parts, partials.parts_per_group)),
+            BLOCK=block,
             FINISH=finish,
-            num_warps=1,
+            num_warps=MANY_PARTS_WARPS if block >= MANY_PARTS else 1,
             **EXACT,
         )
 

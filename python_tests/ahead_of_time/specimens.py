@@ -218,11 +218,27 @@ LINEAR_TILES = {
 }
 
 
+UNALIGNED_TILES = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 32}
+
+
 def linear_sums(
-    name: str, arch: int, *, dtype: str = "bf16", bias: bool = False, **constexprs: Any
+    name: str,
+    arch: int,
+    *,
+    dtype: str = "bf16",
+    bias: bool = False,
+    temperatures: bool = False,
+    odd_sizes: bool = False,
+    unaligned: bool = False,
+    exps: tuple[float, float] = (1.0, 1.05),
+    **constexprs: Any,
 ) -> Specimen:
-    """The fused matmul as it is launched on an architecture."""
-    tiles, descriptors = LINEAR_TILES[arch], arch >= 90
+    """The fused matmul as it is launched on an architecture.
+
+    odd_sizes: N and V are multiples of nothing. unaligned: nor is D, which leaves only pointers.
+    """
+    tiles = UNALIGNED_TILES if unaligned else LINEAR_TILES[arch]
+    descriptors = arch >= 90 and not unaligned
     n, v, d = tiles["BLOCK_N"], tiles["BLOCK_V"], tiles["BLOCK_D"]
     signature = {
         "hidden": f"tensordesc<{dtype}[{n},{d}]>" if descriptors else f"*{dtype}",
@@ -248,18 +264,26 @@ def linear_sums(
         "SOFTCAP": False,
         "DESCRIPTORS": descriptors,
         "GROUP_N": 8,
+        "SPLIT": False,
     }
     if bias:
         signature["bias_ptr"] = f"*{dtype}"
     else:
         fixed["bias_ptr"] = None
-    aligned = ["stride_hidden", "stride_weight", "num_rows", "vocab", "dim", "partials_ptr"]
+    if temperatures:
+        signature["temperatures_ptr"] = "*fp32"
+        del fixed["temperatures_ptr"]
+    aligned = ["partials_ptr"]
+    if not unaligned:
+        aligned += ["stride_hidden", "stride_weight", "dim"]
+        aligned += [] if descriptors else ["hidden", "weight"]
+        aligned += [] if odd_sizes else ["num_rows", "vocab"]
     return Specimen(
-        name=f"linear_sums {n}x{v} {dtype} {name}",
+        name=f"linear_sums {n}x{v}x{d} {dtype} {name}" + (f" sm_{arch}" if unaligned else ""),
         kernel="powerkernels.linear_logprob.kernels:linear_sums_kernel",
         signature=signature,
         constexprs={**fixed, **tiles, **constexprs},
-        aligned=aligned if descriptors else [*aligned, "hidden", "weight"],
+        aligned=aligned,
         num_warps=8,
         num_stages=4 if descriptors else 3,
         options=EXACT,
@@ -270,7 +294,7 @@ def linear_sums(
             tensor_cores=True,
             tma=descriptors,
             max_shared=227 * 1024 if descriptors else 99 * 1024,
-            exps_per_element=(2.0, 2.05) if constexprs else (1.0, 1.05),
+            exps_per_element=exps,
         ),
     )
 
@@ -281,8 +305,29 @@ LINEAR: list[Specimen] = [
     for specimen in (
         linear_sums("α=4", arch),
         linear_sums("α=4 bias", arch, bias=True),
-        linear_sums("α=7.3", arch, TWICE_ALPHA=GENERAL),
+        linear_sums("α=7.3", arch, exps=(2.0, 2.05), TWICE_ALPHA=GENERAL),
         linear_sums("α=4", arch, dtype="fp16"),
+        # Split as the launch does it, where descriptors are.
+        linear_sums("α=4 odd sizes", arch, odd_sizes=True, exps=(1.0, 1.1), SPLIT=arch >= 90),
+        linear_sums(
+            "α=2.5 softcap bias temperatures",
+            arch,
+            bias=True,
+            temperatures=True,
+            odd_sizes=True,
+            exps=(2.0, 2.5),
+            SOFTCAP=True,
+            TWICE_ALPHA=ALPHA_2_5,
+            SPLIT=arch >= 90,
+        ),
+        linear_sums(
+            "α=7.3 bias unaligned",
+            arch,
+            bias=True,
+            unaligned=True,
+            exps=(2.0, 2.05),
+            TWICE_ALPHA=GENERAL,
+        ),
     )
 ]
 
@@ -310,6 +355,13 @@ SPECIMENS: list[Specimen] = [
         elements=2 * 1024,
     ),
     MERGE,
+    replace(
+        MERGE,
+        name="merge tiles of the fused matmul α=4",
+        constexprs={**MERGE.constexprs, "BLOCK": 2048},
+        num_warps=4,
+        expected=Expectation(max_registers=96),
+    ),
     replace(
         MERGE,
         name="merge slices α=7.3",

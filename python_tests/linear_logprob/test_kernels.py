@@ -23,6 +23,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small sizes have several tiles each way, and tiles that stick out."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(gpu, "tiles_for", lambda device: SMALL_TILES)
+        pointers = SMALL_TILES._replace(descriptors=False)
+        monkeypatch.setattr(gpu, "UNALIGNED_TILES", pointers)
 
 
 def inputs(rows: int, vocab: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -70,6 +72,16 @@ def test_any_hidden_size(kernel_device, dim):
     x = inputs(33, 70, dim, torch.bfloat16)
     check(kernel_device, x, alpha=4.0)
     check(kernel_device, x, alpha=4.0, with_bias=False)
+
+
+def test_a_bias_that_is_not_contiguous(kernel_device):
+    hidden, weight, bias, targets = inputs(33, 70, 16, torch.bfloat16)
+    for other in (bias.repeat_interleave(2)[::2], bias[:1].expand(70)):
+        moved = [tensor.to(kernel_device) for tensor in (hidden, weight, targets)]
+        strided = other.to(kernel_device)
+        got = linear_score_tokens(*moved, bias=strided, method="fused")
+        expected = linear_score_tokens(*moved, bias=strided.contiguous(), method="fused")
+        assert torch.equal(got.log_prob, expected.log_prob)
 
 
 @pytest.mark.parametrize(
