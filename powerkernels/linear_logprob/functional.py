@@ -29,7 +29,7 @@ from powerkernels._arguments import (
 )
 from powerkernels.logprob import eager, vocab_parallel
 from powerkernels.logprob.functional import TokenScores, check_options, implementation
-from powerkernels.logprob.options import ScoreOptions, Scores, empty_scores
+from powerkernels.logprob.options import ScoreOptions, Scores, empty_scores, score_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,25 +70,22 @@ def _linear_score_tokens(
         eager.check_targets(targets, weight.shape[0], ignore_index)
     options = ScoreOptions(alpha, temperature, temperatures, entropy, softcap)
     kept = _kept_rows(targets != ignore_index)
-    scores = empty_scores(hidden, targets.shape, entropy)
     if kept is None:
-        found = _forward(hidden, weight, bias, targets, ignore_index, options, group, method)
-    else:
-        found = _forward(
-            hidden[kept],
-            weight,
-            bias,
-            targets[kept],
-            ignore_index,
-            _options_of(options, kept),
-            group,
-            method,
-        )
+        return _forward(hidden, weight, bias, targets, ignore_index, options, group, method)
+    found = _forward(
+        hidden[kept],
+        weight,
+        bias,
+        targets[kept],
+        ignore_index,
+        _options_of(options, kept),
+        group,
+        method,
+    )
+    scores = empty_scores(hidden, targets.shape, entropy)
     for score, value in zip(scores, found, strict=True):
-        if kept is None or not score.numel():
-            score.copy_(value)
-        else:
-            score.zero_().index_copy_(0, kept, value.to(score.dtype))
+        if score.numel():
+            score.zero_().index_copy_(0, kept, value)
     return scores
 
 
@@ -321,7 +318,8 @@ def _forward(
         )
     if group:
         sums = vocab_parallel.all_gather(sums, group).flatten(0, 1)
-    return module.finish_scores(sums, targets, ignore_index, options)
+    scores = module.finish_scores(sums, targets, ignore_index, options)
+    return Scores(*(score.to(score_dtype(hidden)) for score in scores))
 
 
 def _add_gradients(

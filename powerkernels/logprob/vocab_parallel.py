@@ -49,15 +49,17 @@ def local_targets(targets: Tensor, size: int, ignore_index: int, group: str) -> 
     """Targets of the whole vocabulary as those of this rank's `size` entries."""
     own = torch.tensor([size], dtype=torch.int64, device=targets.device)
     sizes = all_gather(own, group).flatten()
-    # What the others hold is on the device; looking at it there would wait.
-    known = sizes if targets.device.type == "cpu" else own
-    if (known == 0).any():
-        empty = (known == 0).nonzero().flatten().tolist()
-        where = f"ranks {empty}" if targets.device.type == "cpu" else "this rank"
+    empty = "this rank" if size == 0 else ""
+    # On a GPU what the others hold is on the device, and looking at it would wait.
+    if targets.device.type == "cpu":
+        ranks = (sizes == 0).nonzero().flatten().tolist()
+        empty = f"ranks {ranks}" if ranks else ""
+    if empty:
         raise ValueError(
-            f"every rank of process_group must hold part of the vocabulary; empty: {where}"
+            f"every rank of process_group must hold part of the vocabulary; empty: {empty}"
         )
-    eager.check_targets(targets, int(sizes.sum()) if known is sizes else 0, ignore_index)
+    if targets.device.type == "cpu":
+        eager.check_targets(targets, int(sizes.sum()), ignore_index)
     ends = sizes.cumsum(0)
     return shifted(targets, ignore_index, ends[_group(group).rank()] - size)
 
