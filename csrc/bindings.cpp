@@ -3,13 +3,16 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "powerkernels/decode_attention.h"
 #include "powerkernels/ops.h"
 #include "powerkernels/parallel.h"
 #include "powerkernels/simd_level.h"
+#include "powerkernels/token_ops.h"
 #if defined(POWERKERNELS_CUDA)
 #include "powerkernels/device_info.h"
 #endif
@@ -23,6 +26,33 @@ using namespace powerkernels;
 template <typename T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// An array of floats as (address, code of its dtype); address 0 is a missing one.
+using Floats = std::pair<uintptr_t, int>;
+// A batch as (tokens, sequences, width, address of bounds).
+using Rows = std::array<int64_t, 4>;
+
+FloatArray floats(const Floats& array) {
+  return {pointer<const void>(array.first), static_cast<DType>(array.second)};
+}
+
+TokenRows token_rows(const Rows& rows) {
+  return {rows[0], rows[1], rows[2], pointer<const int64_t>(static_cast<uintptr_t>(rows[3]))};
+}
+
+TokenArrays token_arrays(const Rows& rows, const Floats& log_prob, const Floats& advantages,
+                         uintptr_t mask) {
+  return {token_rows(rows),
+          floats(log_prob),
+          {nullptr, DType::float32},
+          floats(advantages),
+          pointer<const uint8_t>(mask),
+          pointer<const uint8_t>(mask)};
+}
+
+SelectionState selection_state(const std::array<int64_t, 4>& state) {
+  return {state[0], state[1], state[2], state[3]};
 }
 
 py::dict cuda_devices() {
@@ -183,6 +213,116 @@ PYBIND11_MODULE(_C, m) {
       py::arg("log_prob"), py::arg("dtype"), py::arg("rows"), py::arg("length"),
       py::arg("row_stride"), py::arg("mask"), py::arg("cu_seqlens"), py::arg("alpha"),
       py::arg("out"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "cov_moments",
+      [](const Rows& rows, const Floats& log_prob, const Floats& advantages, uintptr_t mask,
+         uintptr_t out, int num_threads) {
+        cov_moments(token_arrays(rows, log_prob, advantages, mask), pointer<double>(out),
+                    num_threads);
+      },
+      py::arg("rows"), py::arg("log_prob"), py::arg("advantages"), py::arg("mask"), py::arg("out"),
+      py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "cov_tokens",
+      [](const Rows& rows, const Floats& log_prob, const Floats& advantages, uintptr_t mask,
+         uintptr_t moments, uintptr_t out, int num_threads) {
+        cov_tokens(token_arrays(rows, log_prob, advantages, mask), pointer<const double>(moments),
+                   pointer<float>(out), num_threads);
+      },
+      py::arg("rows"), py::arg("log_prob"), py::arg("advantages"), py::arg("mask"),
+      py::arg("moments"), py::arg("out"), py::arg("num_threads"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "cov_unclipped",
+      [](const Rows& rows, const Floats& log_prob, const Floats& old_log_prob,
+         const Floats& advantages, uintptr_t selectable, double low, double high, uintptr_t out,
+         int num_threads) {
+        TokenArrays tokens = token_arrays(rows, log_prob, advantages, selectable);
+        tokens.old_log_prob = floats(old_log_prob);
+        cov_unclipped(tokens, static_cast<float>(low), static_cast<float>(high),
+                      pointer<uint8_t>(out), num_threads);
+      },
+      py::arg("rows"), py::arg("log_prob"), py::arg("old_log_prob"), py::arg("advantages"),
+      py::arg("selectable"), py::arg("low"), py::arg("high"), py::arg("out"),
+      py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "cov_keys",
+      [](const Rows& rows, const Floats& log_prob, const Floats& advantages, uintptr_t selectable,
+         uintptr_t moments, bool band, double lb, double ub, uint64_t seed, int64_t first_sequence,
+         uintptr_t sequence_index, uintptr_t values, uintptr_t counts, int num_threads) {
+        cov_keys(
+            {token_arrays(rows, log_prob, advantages, selectable), pointer<const double>(moments),
+             band, static_cast<float>(lb), static_cast<float>(ub), seed, first_sequence,
+             pointer<const int64_t>(sequence_index)},
+            pointer<uint32_t>(values), pointer<int64_t>(counts), num_threads);
+      },
+      py::arg("rows"), py::arg("log_prob"), py::arg("advantages"), py::arg("selectable"),
+      py::arg("moments"), py::arg("band"), py::arg("lb"), py::arg("ub"), py::arg("seed"),
+      py::arg("first_sequence"), py::arg("sequence_index"), py::arg("values"), py::arg("counts"),
+      py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "cov_histogram",
+      [](uintptr_t values, int64_t num_tokens, uint64_t prefix, int digit, uintptr_t out,
+         int num_threads) {
+        cov_histogram(pointer<const uint32_t>(values), num_tokens, prefix, digit,
+                      pointer<int64_t>(out), num_threads);
+      },
+      py::arg("values"), py::arg("num_tokens"), py::arg("prefix"), py::arg("digit"), py::arg("out"),
+      py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "cov_narrow",
+      [](uintptr_t counts, uintptr_t moments, double ratio, int64_t k,
+         const std::optional<std::array<int64_t, 4>>& state, int digit) {
+        const SelectionState before = selection_state(state.value_or(std::array<int64_t, 4>{}));
+        const SelectionState next =
+            cov_narrow(pointer<const int64_t>(counts), pointer<const double>(moments), ratio, k,
+                       state.has_value() ? &before : nullptr, digit);
+        return std::array<int64_t, 4>{next.threshold, next.remaining, next.chosen,
+                                      next.num_nonzero};
+      },
+      py::arg("counts"), py::arg("moments"), py::arg("ratio"), py::arg("k"), py::arg("state"),
+      py::arg("digit"));
+
+  m.def(
+      "cov_mark",
+      [](uintptr_t values, int64_t num_tokens, const std::array<int64_t, 4>& state,
+         int64_t ties_before, uintptr_t out, int num_threads) {
+        cov_mark(pointer<const uint32_t>(values), num_tokens, selection_state(state), ties_before,
+                 pointer<uint8_t>(out), num_threads);
+      },
+      py::arg("values"), py::arg("num_tokens"), py::arg("state"), py::arg("ties_before"),
+      py::arg("out"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "policy_loss_sums",
+      [](const Rows& rows, const Floats& log_prob, const Floats& old_log_prob,
+         const Floats& advantages, const Floats& weights, uintptr_t mask, uintptr_t selected,
+         uintptr_t moments, int kind, bool clip, double low, double high, double dual_clip,
+         int on_selected, double penalty, bool straight_through, uintptr_t row_loss,
+         uintptr_t row_count, uintptr_t sums, uintptr_t terms, int num_threads) {
+        policy_loss_sums(
+            {token_rows(rows), floats(log_prob), floats(old_log_prob), floats(advantages),
+             floats(weights), pointer<const uint8_t>(mask), pointer<const uint8_t>(selected),
+             pointer<const double>(moments)},
+            {static_cast<LossKind>(kind), clip, static_cast<float>(low), static_cast<float>(high),
+             static_cast<float>(dual_clip), static_cast<OnSelected>(on_selected),
+             static_cast<float>(penalty), straight_through},
+            {pointer<double>(row_loss), pointer<double>(row_count), pointer<double>(sums),
+             pointer<float>(terms)},
+            num_threads);
+      },
+      py::arg("rows"), py::arg("log_prob"), py::arg("old_log_prob"), py::arg("advantages"),
+      py::arg("weights"), py::arg("mask"), py::arg("selected"), py::arg("moments"), py::arg("kind"),
+      py::arg("clip"), py::arg("low"), py::arg("high"), py::arg("dual_clip"),
+      py::arg("on_selected"), py::arg("penalty"), py::arg("straight_through"), py::arg("row_loss"),
+      py::arg("row_count"), py::arg("sums"), py::arg("terms"), py::arg("num_threads"),
+      py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "decode_attention",

@@ -11,6 +11,15 @@ from torch import Tensor
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
+MASK_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    *LOGIT_DTYPES,
+)
 MAX_SEED = 2**64 - 1
 
 
@@ -59,6 +68,27 @@ def check_number(name: str, value: object, *, low: float, open_low: bool = False
     number = float(value)
     if not math.isfinite(number) or number < low or (open_low and number == low):
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_cu_seqlens(cu_seqlens: object, device: torch.device) -> None:
+    """int32 or int64 [B + 1]; what it holds is checked by `check_bounds`."""
+    check_tensor("cu_seqlens", cu_seqlens, INDEX_DTYPES, device)
+    assert isinstance(cu_seqlens, Tensor)
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens must have shape [B + 1], got {described(cu_seqlens)}")
+
+
+def check_bounds(cu_seqlens: Tensor | None, log_prob: Tensor) -> None:
+    """cu_seqlens from 0, never falling, to the length of flat log_prob; only on a CPU."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+        return
+    bounds = cu_seqlens.long()
+    count = log_prob.shape[0]
+    if bounds[0] != 0 or bounds[-1] != count or (bounds.diff() < 0).any():
+        raise ValueError(
+            f"cu_seqlens must start at 0, never fall and end at the {count} entries of log_prob, "
+            f"got {bounds.tolist()}"
+        )
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from powerkernels import _process_group
 from powerkernels._arguments import (
     INDEX_DTYPES,
     LOGIT_DTYPES,
@@ -190,7 +191,7 @@ def _linear_score_tokens_bwd(
     )
     if hidden_sums is not None:
         if group:
-            vocab_parallel.all_reduce(hidden_sums, group)
+            _process_group.all_reduce(hidden_sums, group)
         if kept is None:
             gradients.hidden.copy_(hidden_sums)
         else:
@@ -270,7 +271,7 @@ def linear_score_tokens(
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     number, temperatures = check_options(alpha, temperature, softcap, targets)
     shape = targets.shape
-    group = vocab_parallel.name_of(process_group)
+    group = _process_group.name_of(process_group)
     if group:
         targets = vocab_parallel.local_targets(targets, weight.shape[0], ignore_index, group)
         ignore_index = vocab_parallel.IGNORED
@@ -317,7 +318,7 @@ def _forward(
             ]
         )
     if group:
-        sums = vocab_parallel.all_gather(sums, group).flatten(0, 1)
+        sums = _process_group.all_gather(sums, group).flatten(0, 1)
     scores = module.finish_scores(sums, targets, ignore_index, options)
     return Scores(*(score.to(score_dtype(hidden)) for score in scores))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from powerkernels import _extension
+from powerkernels import _extension, _process_group
 from powerkernels._arguments import (
     INDEX_DTYPES,
     LOGIT_DTYPES,
@@ -78,7 +78,7 @@ def _score_tokens(
     if not group:
         return module.score_tokens(logits, targets, ignore_index, options)
     sums = module.row_sums(logits, targets, ignore_index, options)
-    sums = vocab_parallel.all_gather(sums, group)
+    sums = _process_group.all_gather(sums, group)
     scores = module.finish_scores(sums, targets, ignore_index, options)
     return Scores(*(score.to(score_dtype(logits)) for score in scores))
 
@@ -263,7 +263,7 @@ def score_tokens(
     check_tensor("targets", targets, INDEX_DTYPES, logits.device)
     check_shape("targets", targets, logits.shape[:-1])
     number, temperatures = check_options(alpha, temperature, softcap, targets)
-    group = vocab_parallel.name_of(process_group)
+    group = _process_group.name_of(process_group)
     if group:
         targets = vocab_parallel.local_targets(targets, logits.shape[-1], ignore_index, group)
         ignore_index = vocab_parallel.IGNORED

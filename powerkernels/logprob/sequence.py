@@ -7,8 +7,10 @@ from torch import Tensor
 
 from powerkernels import _extension
 from powerkernels._arguments import (
-    INDEX_DTYPES,
     LOGIT_DTYPES,
+    MASK_DTYPES,
+    check_bounds,
+    check_cu_seqlens,
     check_number,
     check_shape,
     check_tensor,
@@ -17,22 +19,12 @@ from powerkernels._arguments import (
 from powerkernels.logprob import reference
 from powerkernels.logprob.options import score_dtype
 
-MASK_DTYPES = (
-    torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    *LOGIT_DTYPES,
-)
-
 
 @torch.library.custom_op("powerkernels::sequence_log_likelihood", mutates_args=())
 def _sequence_log_likelihood(
     log_prob: Tensor, alpha: float, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
-    _check_cu_seqlens(cu_seqlens, log_prob)
+    check_bounds(cu_seqlens, log_prob)
     if _extension.backend_for(log_prob.device) != "cpp":
         return reference.sequence_log_likelihood(
             log_prob, alpha=alpha, mask=mask, cu_seqlens=cu_seqlens
@@ -97,9 +89,7 @@ def sequence_log_likelihood(
     if cu_seqlens is not None:
         if mask is not None:
             raise ValueError("mask must be None where cu_seqlens is given")
-        check_tensor("cu_seqlens", cu_seqlens, INDEX_DTYPES, log_prob.device)
-        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
-            raise ValueError(f"cu_seqlens must have shape [B + 1], got {described(cu_seqlens)}")
+        check_cu_seqlens(cu_seqlens, log_prob.device)
         if log_prob.ndim != 1:
             raise ValueError(
                 f"log_prob must be flat [N] where cu_seqlens is given, got {described(log_prob)}"
@@ -113,20 +103,8 @@ def sequence_log_likelihood(
         check_shape("mask", mask, log_prob.shape)
     if torch.is_grad_enabled() and log_prob.requires_grad:
         if not torch.compiler.is_compiling():
-            _check_cu_seqlens(cu_seqlens, log_prob)
+            check_bounds(cu_seqlens, log_prob)
         return reference.sequence_log_likelihood(
             log_prob, alpha=alpha, mask=mask, cu_seqlens=cu_seqlens
         )
     return _sequence_log_likelihood(log_prob, float(alpha), mask, cu_seqlens)
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor | None, log_prob: Tensor) -> None:
-    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
-        return
-    bounds = cu_seqlens.long()
-    count = log_prob.shape[0]
-    if bounds[0] != 0 or bounds[-1] != count or (bounds.diff() < 0).any():
-        raise ValueError(
-            f"cu_seqlens must start at 0, never fall and end at the {count} entries of log_prob, "
-            f"got {bounds.tolist()}"
-        )

@@ -1,0 +1,276 @@
+// Moments of log-probability and advantage, covariances, and the stages of the exact selection.
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "powerkernels/token_tasks.h"
+
+namespace powerkernels {
+namespace {
+
+constexpr uint32_t kStream = 0x436F7631u;  // the last word of a token's counter
+constexpr int64_t kStretch = 32;           // tokens that are passed over together
+
+struct TokenBlockReader {
+  const TokenKernels& kernels = PK_SIMD_PICK(token_kernels)();
+  BlockFloats log_prob, old_log_prob, advantages;
+
+  TokenBlockOf at(const TokenArrays& tokens, int64_t first, int64_t n) {
+    return {n,
+            log_prob.at(kernels, tokens.log_prob, first, n),
+            old_log_prob.at(kernels, tokens.old_log_prob, first, n),
+            advantages.at(kernels, tokens.advantages, first, n),
+            nullptr,
+            tokens.mask + first,
+            nullptr};
+  }
+};
+
+// Random keys of the eligible tokens of a task, which come in order.
+class RandomKeys {
+ public:
+  RandomKeys(const SelectionKeys& keys, const TokenKernels& kernels)
+      : keys_(keys), kernels_(kernels), rows_(keys.tokens.rows) {}
+
+  // Keys for the tokens first + place[0], ..., 0 for the others of the n.
+  void make(int64_t first, int64_t n, const int32_t* place, int64_t num_eligible,
+            uint32_t* values) {
+    std::fill_n(values, n, 0u);
+    if (num_eligible == 0) return;
+    if (row_ < 0) enter(row_of(rows_, first + place[0]));
+    for (int64_t i = 0; i < num_eligible; ++i) {
+      const int64_t token = first + place[i];
+      while (token >= row_end_) enter(row_ + 1);
+      position_[i] = static_cast<uint32_t>(token - row_begin_);
+      number_low_[i] = static_cast<uint32_t>(number_);
+      number_high_[i] = static_cast<uint32_t>(number_ >> 32);
+    }
+    kernels_.philox(position_, number_low_, number_high_, kStream, keys_.seed, num_eligible,
+                    words_);
+    for (int64_t i = 0; i < num_eligible; ++i) values[place[i]] = std::max(words_[i], 1u);
+  }
+
+ private:
+  void enter(int64_t row) {
+    row_ = row;
+    row_begin_ = row_begin(rows_, row);
+    row_end_ = row_begin(rows_, row + 1);
+    number_ =
+        keys_.sequence_index != nullptr ? keys_.sequence_index[row] : keys_.first_sequence + row;
+  }
+
+  const SelectionKeys& keys_;
+  const TokenKernels& kernels_;
+  const TokenRows& rows_;
+  int64_t row_ = -1, row_begin_ = 0, row_end_ = 0, number_ = 0;
+  uint32_t position_[kTokenBlock], number_low_[kTokenBlock], number_high_[kTokenBlock],
+      words_[kTokenBlock];
+};
+
+// Keys of blocks of tokens.
+class KeyMaker {
+ public:
+  explicit KeyMaker(const SelectionKeys& keys)
+      : keys_(keys), means_(cov_means(keys.moments)), random_(keys, reader_.kernels) {}
+
+  // Returns the number of selectable tokens whose covariance is not 0.
+  int64_t make(int64_t first, int64_t n, uint32_t* values) {
+    const uint8_t* selectable = keys_.tokens.selectable + first;
+    reader_.kernels.covariances(reader_.at(keys_.tokens, first, n), means_, cov_);
+    if (keys_.band) {
+      int64_t num_eligible = 0;
+      const auto is_eligible = [&](int64_t i) {
+        return (selectable[i] != 0) & (cov_[i] > keys_.lb) & (cov_[i] < keys_.ub);
+      };
+      // Few are: most stretches have none.
+      for (int64_t begin = 0; begin < n; begin += kStretch) {
+        const int64_t end = std::min(begin + kStretch, n);
+        int num_hits = 0;
+        for (int64_t i = begin; i < end; ++i) num_hits += is_eligible(i);
+        for (int64_t i = begin; num_hits != 0 && i < end; ++i) {
+          place_[num_eligible] = static_cast<int32_t>(i);
+          num_eligible += is_eligible(i);
+        }
+      }
+      random_.make(first, n, place_, num_eligible, values);
+    } else {
+      reader_.kernels.cov_keys(cov_, selectable, n, values);
+    }
+    int64_t num_nonzero = 0;
+    for (int64_t i = 0; i < n; ++i) num_nonzero += (cov_[i] != 0.0f) & selectable[i];
+    return num_nonzero;
+  }
+
+ private:
+  const SelectionKeys& keys_;
+  CovMeans means_;
+  TokenBlockReader reader_;
+  RandomKeys random_;
+  int32_t place_[kTokenBlock];
+  alignas(64) float cov_[kTokenBlock];
+};
+
+// Bins that tasks add to, in whatever order.
+class Histogram {
+ public:
+  Histogram() : counts_(kNumBins + 1) {
+    for (auto& count : counts_) count.store(0, std::memory_order_relaxed);
+  }
+  void add(int64_t bin, int64_t value) {
+    if (value != 0) counts_[static_cast<size_t>(bin)].fetch_add(value, std::memory_order_relaxed);
+  }
+  void copy_to(int64_t* counts) const {
+    for (int bin = 0; bin <= kNumBins; ++bin) counts[bin] = counts_[static_cast<size_t>(bin)];
+  }
+
+ private:
+  std::vector<std::atomic<int64_t>> counts_;
+};
+
+// fn(token) for the few tokens whose key is a hit; stretches without one are passed over whole.
+template <typename IsHit, typename Fn>
+void for_hits(const uint32_t* values, int64_t first, int64_t last, const IsHit& is_hit,
+              const Fn& fn) {
+  for (; first < last; first += kStretch) {
+    const int64_t end = std::min(first + kStretch, last);
+    uint32_t num_hits = 0;
+    for (int64_t i = first; i < end; ++i) num_hits += is_hit(values[i]);
+    if (num_hits == 0) continue;
+    for (int64_t i = first; i < end; ++i) {
+      if (is_hit(values[i])) fn(i);
+    }
+  }
+}
+
+}  // namespace
+
+CovMeans cov_means(const double* moments) {
+  const double count = moments[1] > 0.0 ? std::numeric_limits<double>::quiet_NaN() : moments[0];
+  const auto mean = [&](const double* parts) {
+    return (((parts[3] + parts[2]) + parts[1]) + parts[0]) / count;
+  };
+  return {mean(moments + 2), mean(moments + 2 + kNumUnits)};
+}
+
+void cov_moments(const TokenArrays& tokens, double* moments, int num_threads) {
+  const int64_t num_tasks = num_token_tasks(tokens.rows.num_tokens);
+  std::vector<double> sums(static_cast<size_t>(num_tasks * kNumMoments), 0.0);
+  for_token_tasks(
+      tokens.rows.num_tokens, num_threads, [&](int64_t task, int64_t first, int64_t last) {
+        TokenBlockReader reader;
+        for_blocks(first, last, [&](int64_t begin, int64_t n) {
+          reader.kernels.add_moments(reader.at(tokens, begin, n), &sums[task * kNumMoments]);
+        });
+      });
+  for (int m = 0; m < kNumMoments; ++m) {
+    moments[m] = 0.0;
+    for (int64_t task = 0; task < num_tasks; ++task) moments[m] += sums[task * kNumMoments + m];
+  }
+}
+
+void cov_tokens(const TokenArrays& tokens, const double* moments, float* cov, int num_threads) {
+  const CovMeans means = cov_means(moments);
+  for_token_tasks(tokens.rows.num_tokens, num_threads, [&](int64_t, int64_t first, int64_t last) {
+    TokenBlockReader reader;
+    for_blocks(first, last, [&](int64_t begin, int64_t n) {
+      reader.kernels.covariances(reader.at(tokens, begin, n), means, cov + begin);
+    });
+  });
+}
+
+void cov_unclipped(const TokenArrays& tokens, float low, float high, uint8_t* out,
+                   int num_threads) {
+  for_token_tasks(tokens.rows.num_tokens, num_threads, [&](int64_t, int64_t first, int64_t last) {
+    TokenBlockReader reader;
+    for_blocks(first, last, [&](int64_t begin, int64_t n) {
+      reader.kernels.unclipped(reader.at(tokens, begin, n), low, high, out + begin);
+    });
+  });
+}
+
+void cov_keys(const SelectionKeys& keys, uint32_t* values, int64_t* counts, int num_threads) {
+  Histogram total;
+  for_token_tasks(keys.tokens.rows.num_tokens, num_threads,
+                  [&](int64_t, int64_t first, int64_t last) {
+                    // Two, so that equal neighbours need not wait for one another.
+                    uint32_t own[2][kNumBins] = {};
+                    int64_t num_zeros = 0, num_nonzero = 0;
+                    KeyMaker maker(keys);
+                    for_blocks(first, last, [&](int64_t begin, int64_t n) {
+                      num_nonzero += maker.make(begin, n, values + begin);
+                      const uint32_t* block = values + begin;
+                      for (int64_t i = 0; i < n; ++i) ++own[i & 1][block[i] >> kDigitShift[0]];
+                      for (int64_t i = 0; i < n; ++i) num_zeros += block[i] == 0;
+                    });
+                    for (int bin = 0; bin < kNumBins; ++bin) {
+                      total.add(bin, static_cast<int64_t>(own[0][bin]) + own[1][bin]);
+                    }
+                    total.add(0, -num_zeros);
+                    total.add(kNumBins, num_nonzero);
+                  });
+  total.copy_to(counts);
+}
+
+void cov_histogram(const uint32_t* values, int64_t num_tokens, uint64_t prefix, int digit,
+                   int64_t* counts, int num_threads) {
+  Histogram total;
+  const int shift = kDigitShift[digit], above = shift + kDigitBits[digit];
+  const uint32_t last_bin = (1u << kDigitBits[digit]) - 1;
+  const auto wanted = static_cast<uint32_t>(prefix);
+  for_token_tasks(num_tokens, num_threads, [&](int64_t, int64_t first, int64_t last) {
+    for_hits(
+        values, first, last,
+        [&](uint32_t value) { return ((value >> above) == wanted) & (value != 0); },
+        [&](int64_t token) { total.add((values[token] >> shift) & last_bin, 1); });
+  });
+  total.copy_to(counts);
+}
+
+SelectionState cov_narrow(const int64_t* counts, const double* moments, double ratio, int64_t k,
+                          const SelectionState* state, int digit) {
+  SelectionState next;
+  const int num_bins = 1 << kDigitBits[digit];
+  if (state == nullptr) {
+    const double count = moments[0];
+    double wanted = k >= 0 ? static_cast<double>(k) : std::fmax(std::floor(count * ratio), 1.0);
+    if (count == 0.0 || moments[1] > 0.0) wanted = 0.0;
+    int64_t total = 0;
+    if (counts[kNumBins] > 0) {
+      for (int bin = 0; bin < num_bins; ++bin) total += counts[bin];
+    }
+    const int64_t chosen = std::min(static_cast<int64_t>(wanted), total);
+    next = {0, chosen, chosen, counts[kNumBins]};
+  } else {
+    next = *state;
+  }
+  int64_t above = 0;  // keys in higher bins
+  int bin = num_bins - 1;
+  while (bin > 0 && above + counts[bin] < next.remaining) above += counts[bin--];
+  next.threshold = (next.threshold << kDigitBits[digit]) + bin;
+  next.remaining -= above;
+  return next;
+}
+
+void cov_mark(const uint32_t* values, int64_t num_tokens, const SelectionState& state,
+              int64_t ties_before, uint8_t* out, int num_threads) {
+  const auto threshold = static_cast<uint32_t>(state.threshold);
+  std::vector<std::vector<int64_t>> ties(static_cast<size_t>(num_token_tasks(num_tokens)));
+  for_token_tasks(num_tokens, num_threads, [&](int64_t task, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) out[i] = values[i] > threshold;
+    if (threshold == 0 || state.remaining == 0) return;
+    for_hits(
+        values, first, last, [&](uint32_t value) { return value == threshold; },
+        [&](int64_t token) { ties[static_cast<size_t>(task)].push_back(token); });
+  });
+  int64_t left = state.remaining - ties_before;
+  for (const auto& of_task : ties) {
+    for (const int64_t token : of_task) {
+      if (left <= 0) return;
+      out[token] = 1;
+      --left;
+    }
+  }
+}
+
+}  // namespace powerkernels
