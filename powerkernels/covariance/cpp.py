@@ -112,14 +112,14 @@ def narrow(
     return torch.tensor(found)
 
 
-def mark(keys: Keys, state: Tensor, ties_before: Tensor) -> Tensor:
-    """bool. ties_before: int64 [1], keys equal to the threshold in the parts before this one."""
+def mark(keys: Keys, state: Tensor, ties_before: Tensor | None) -> Tensor:
+    """bool. ties_before: int64 [1] or None for 0: ties with the threshold in the parts before."""
     out = torch.empty(keys.values.shape, dtype=torch.bool)
     _extension.compiled().cov_mark(
         values=keys.values.data_ptr(),
         num_tokens=keys.values.numel(),
         state=state.tolist(),
-        ties_before=int(ties_before.item()),
+        ties_before=0 if ties_before is None else int(ties_before.item()),
         out=out.data_ptr(),
         num_threads=threads(),
     )

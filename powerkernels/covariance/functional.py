@@ -95,19 +95,32 @@ def select(parts: Sequence[Tokens], rule: Rule, seed: Tensor | None, group: str)
         state = modules[0].narrow(total, moments, rule, state, digit)
     assert state is not None
     assert own is not None
-    last_bin = state[reference.THRESHOLD : reference.THRESHOLD + 1] & (
-        2 ** reference.DIGITS[-1][1] - 1
-    )
+    masks = [
+        module.mark(key, state, before)
+        for module, key, before in zip(modules, keys, _ties_before(own, state, group), strict=True)
+    ]
+    return Selection(masks, moments, state)
+
+
+def _ties_before(own: Sequence[Tensor], state: Tensor, group: str) -> list[Tensor | None]:
+    """For each part int64 [1]: keys equal to the threshold in the parts and ranks before it.
+
+    own: the parts' histograms of the last digit.
+    """
+    if len(own) == 1 and not group:
+        return [None]
+    bits = reference.DIGITS[-1][1]
+    last_bin = state[reference.THRESHOLD : reference.THRESHOLD + 1] & (2**bits - 1)
     ties = [counts.index_select(0, last_bin) for counts in own]
-    ties_before = torch.zeros_like(ties[0])
+    before: Tensor | None = None
     if group:
         ranks = _process_group.all_gather(_added(ties), group)
-        ties_before = ranks[: _process_group.group_named(group).rank()].sum(0)
-    masks = []
-    for module, key, tie in zip(modules, keys, ties, strict=True):
-        masks.append(module.mark(key, state, ties_before))
-        ties_before = ties_before + tie
-    return Selection(masks, moments, state)
+        before = ranks[: _process_group.group_named(group).rank()].sum(0)
+    found = []
+    for tie in ties:
+        found.append(before)
+        before = tie if before is None else before + tie
+    return found
 
 
 def _added(values: Sequence[Tensor]) -> Tensor:

@@ -205,10 +205,12 @@ def _wanted(moments: Tensor, rule: Rule) -> Tensor:
     return torch.where((count > 0) & (moments[NONFINITE] == 0), k, 0).long()
 
 
-def mark(keys: Keys, state: Tensor, ties_before: Tensor) -> Tensor:
-    """bool. ties_before: int64 [], keys equal to the threshold in the parts before this one."""
+def mark(keys: Keys, state: Tensor, ties_before: Tensor | None) -> Tensor:
+    """bool. ties_before: int64 [1] or None for 0: ties with the threshold in the parts before."""
     threshold, remaining = state[THRESHOLD], state[REMAINING]
     flat = keys.values.flatten()
     tied = (flat == threshold) & (flat > 0)
-    place = ties_before + tied.cumsum(0) - 1
+    place = tied.cumsum(0) - 1
+    if ties_before is not None:
+        place = place + ties_before
     return ((flat > threshold) | (tied & (place < remaining))).view(keys.values.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from powerkernels._triton import EXACT, device_of, power_of_2
 from powerkernels.logprob import kernels
 from powerkernels.logprob.options import Rows, ScoreOptions, Scores, empty_scores, rows_of
 
@@ -27,9 +27,6 @@ DRAW_WARPS = 4
 MANY_PARTS, MANY_PARTS_WARPS = 512, 4
 # e^alpha is a product for 2 * alpha up to this.
 MAX_TWICE_ALPHA = 16
-
-# The order of a sum's roundings is part of the contract: no contraction but the written one.
-EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 
 def serves(logits: Tensor, options: ScoreOptions) -> bool:
@@ -150,8 +147,8 @@ def sample_tokens(
                 *scores[:3],
                 ENTROPY=options.entropy,
                 TWICE_ALPHA=twice_alpha(options.alpha),
-                GROUPS=_power_of_2(triton.cdiv(num_slices, GROUP)),
-                SLICES=_power_of_2(num_slices),
+                GROUPS=power_of_2(triton.cdiv(num_slices, GROUP)),
+                SLICES=power_of_2(num_slices),
                 num_warps=DRAW_WARPS,
                 **EXACT,
             )
@@ -217,7 +214,7 @@ def merge(
     _, num_rows, num_parts = partials.sums.shape
     if num_rows == 0:
         return
-    block = _power_of_2(triton.cdiv(num_parts, partials.parts_per_group))
+    block = power_of_2(triton.cdiv(num_parts, partials.parts_per_group))
     with device_of(partials.sums):
         kernels.merge_kernel[(num_rows,)](
             partials.sums,
@@ -254,13 +251,3 @@ def _in_words(rows: Rows) -> bool:
     address, strides = rows.tensor.data_ptr(), (rows.outer_stride, rows.inner_stride)
     aligned = address % 4 == 0 and all(stride % 2 == 0 for stride in strides)
     return rows.tensor.dtype == torch.bfloat16 and aligned
-
-
-def _power_of_2(n: int) -> int:
-    return int(triton.next_power_of_2(n))
-
-
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    if tensor.device.type == "cuda":
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()

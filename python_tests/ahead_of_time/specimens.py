@@ -331,6 +331,190 @@ LINEAR: list[Specimen] = [
     )
 ]
 
+COVARIANCE = "powerkernels.covariance.kernels:"
+TOKENS = {
+    "log_prob_ptr": "*fp32",
+    "advantages_ptr": "*fp32",
+    "mask_ptr": "*i8",
+    "width": "i32",
+    "num_tokens": "i32",
+}
+
+MOMENTS = Specimen(
+    name="moments",
+    kernel=COVARIANCE + "moments_kernel",
+    signature={**TOKENS, "tokens_per_program": "i32", "partials_ptr": "*fp64"},
+    constexprs={"PER_SEQUENCE": False, "BLOCK": 512},
+    aligned=("log_prob_ptr", "advantages_ptr", "mask_ptr", "tokens_per_program"),
+    options=EXACT,
+    element_bytes=9,
+    expected=Expectation(max_registers=128, min_resident_warps=16),
+)
+
+KEYS = {
+    **{name: kind for name, kind in TOKENS.items() if name != "mask_ptr"},
+    "selectable_ptr": "*i8",
+    "tokens_per_program": "i32",
+    "num_sequences": "i32",
+    "moments_ptr": "*fp64",
+    "lb": "fp32",
+    "ub": "fp32",
+    "first_sequence_ptr": "*i64",
+    "state_ptr": "*i64",
+}
+TOP = {
+    "bounds_ptr": None,
+    "seed_ptr": None,
+    "sequence_index_ptr": None,
+    "BAND": False,
+    "PER_SEQUENCE": False,
+    "STEPS": 0,
+}
+KEY_POINTERS = ("log_prob_ptr", "advantages_ptr", "selectable_ptr", "tokens_per_program")
+
+HISTOGRAM = Specimen(
+    name="histogram second digit",
+    kernel=COVARIANCE + "histogram_kernel",
+    signature={**KEYS, "counts_ptr": "*i64"},
+    constexprs={**TOP, "SHIFT": 10, "BITS": 11, "BLOCK": 2048},
+    aligned=KEY_POINTERS,
+    num_warps=16,
+    options=EXACT,
+    expected=Expectation(max_registers=128, max_shared=48 * 1024),
+)
+
+
+def band(specimen: Specimen, *, packed: bool) -> Specimen:
+    """Random keys of the tokens in a band."""
+    more = {"seed_ptr": "*i64", **({"bounds_ptr": "*i64"} if packed else {})}
+    fixed = {name: value for name, value in specimen.constexprs.items() if name not in more}
+    return replace(
+        specimen,
+        name=f"{specimen.name} band{' packed' if packed else ''}",
+        signature={**specimen.signature, **more},
+        constexprs={**fixed, "BAND": True, "STEPS": 11 if packed else 0},
+    )
+
+
+NARROW = Specimen(
+    name="narrow",
+    kernel=COVARIANCE + "narrow_kernel",
+    signature={
+        "counts_ptr": "*i64",
+        "moments_ptr": "*fp64",
+        "wanted_ptr": "*fp64",
+        "state_ptr": "*i64",
+    },
+    constexprs={"before_ptr": None, "BITS": 11},
+    num_warps=8,
+    options=EXACT,
+    expected=Expectation(max_registers=128),
+)
+
+MARK = Specimen(
+    name="mark",
+    kernel=COVARIANCE + "mark_kernel",
+    signature={**KEYS, "ties_ptr": "*i32", "num_programs": "i32", "out_ptr": "*i8"},
+    constexprs={**TOP, "ties_before_ptr": None, "PROGRAMS": 1024, "BLOCK": 512},
+    aligned=(*KEY_POINTERS, "out_ptr"),
+    options=EXACT,
+    expected=Expectation(max_registers=128, min_resident_warps=16),
+)
+
+UNCLIPPED = Specimen(
+    name="unclipped",
+    kernel=COVARIANCE + "unclipped_kernel",
+    signature={
+        **{name: kind for name, kind in TOKENS.items() if name != "mask_ptr"},
+        "old_log_prob_ptr": "*fp32",
+        "selectable_ptr": "*i8",
+        "low": "fp32",
+        "high": "fp32",
+        "out_ptr": "*i8",
+    },
+    constexprs={"PER_SEQUENCE": False, "BLOCK": 512},
+    aligned=(*KEY_POINTERS[:3], "old_log_prob_ptr", "out_ptr"),
+    options=EXACT,
+    expected=Expectation(max_registers=64, min_resident_warps=32),
+)
+
+LOSS_POINTERS = ("log_prob_ptr", "old_log_prob_ptr", "advantages_ptr", "mask_ptr", "selected_ptr")
+LOSS = Specimen(
+    name="policy_loss clip_cov",
+    kernel="powerkernels.policy_loss.kernels:loss_kernel",
+    signature={
+        "log_prob_ptr": "*fp32",
+        "old_log_prob_ptr": "*fp32",
+        "advantages_ptr": "*fp32",
+        "mask_ptr": "*i8",
+        "selected_ptr": "*i8",
+        "moments_ptr": "*fp64",
+        "width": "i32",
+        "splits": "i32",
+        "low": "fp32",
+        "high": "fp32",
+        "dual_clip": "fp32",
+        "penalty": "fp32",
+        "partials_ptr": "*fp64",
+        "terms_ptr": "*fp32",
+    },
+    constexprs={
+        "weights_ptr": None,
+        "bounds_ptr": None,
+        "KIND": 0,
+        "CLIP": True,
+        "SELECTED": 1,
+        "STRAIGHT_THROUGH": False,
+        "PER_SEQUENCE": False,
+        "BLOCK": 512,
+    },
+    aligned=(*LOSS_POINTERS, "terms_ptr", "width"),
+    options=EXACT,
+    expected=Expectation(max_registers=128, min_resident_warps=16),
+)
+
+
+def policy_loss(name: str, *, without: tuple[str, ...] = (), **constexprs: Any) -> Specimen:
+    more = {"bounds_ptr": "*i64"} if "packed" in name else {}
+    fixed = {key: value for key, value in LOSS.constexprs.items() if key not in more}
+    kept = {key: kind for key, kind in LOSS.signature.items() if key not in without}
+    return replace(
+        LOSS,
+        name=f"policy_loss {name}",
+        signature={**kept, **more},
+        constexprs={**fixed, **dict.fromkeys(without), **constexprs},
+    )
+
+
+TOKEN_KERNELS: list[Specimen] = [
+    MOMENTS,
+    replace(
+        MOMENTS,
+        name="moments advantages of sequences",
+        constexprs={**MOMENTS.constexprs, "PER_SEQUENCE": True},
+        expected=Expectation(max_registers=128),
+    ),
+    replace(
+        HISTOGRAM,
+        name="histogram first digit",
+        signature={k: v for k, v in HISTOGRAM.signature.items() if k != "state_ptr"},
+        constexprs={**HISTOGRAM.constexprs, "SHIFT": 21, "state_ptr": None},
+    ),
+    HISTOGRAM,
+    band(HISTOGRAM, packed=False),
+    band(HISTOGRAM, packed=True),
+    NARROW,
+    MARK,
+    band(MARK, packed=True),
+    UNCLIPPED,
+    LOSS,
+    policy_loss("kl_cov packed", CLIP=False, SELECTED=2),
+    policy_loss(
+        "k3", without=("advantages_ptr", "selected_ptr", "moments_ptr"), KIND=4, SELECTED=0
+    ),
+]
+
+
 SPECIMENS: list[Specimen] = [
     ROW_SUMS,
     row_sums(
@@ -383,4 +567,5 @@ SPECIMENS: list[Specimen] = [
         constexprs={**DRAW.constexprs, "TWICE_ALPHA": GENERAL},
     ),
     *LINEAR,
+    *TOKEN_KERNELS,
 ]
