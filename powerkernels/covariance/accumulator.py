@@ -15,6 +15,7 @@ from powerkernels.covariance.functional import (
     check_band,
     check_number_of_tokens,
     check_sequence_index,
+    clip_bounds,
     select,
     without_clipped,
 )
@@ -119,14 +120,14 @@ class SelectionAccumulator:
         check_like("exclude", exclude, log_prob, MASK_DTYPES)
         check_like("old_log_prob", old_log_prob, log_prob, LOGIT_DTYPES)
         check_sequence_index(sequence_index, log_prob, cu_seqlens)
+        low, high = clip_bounds(clip_ratio_low, clip_ratio_high)
         if not torch.compiler.is_compiling():
             check_bounds(cu_seqlens, log_prob)
         if sequence_index is not None:
             sequence_index = sequence_index.long()
         tokens = tokens_of(log_prob, advantages, mask, exclude, cu_seqlens, sequence_index)
         if old_log_prob is not None:
-            high = clip_ratio_low if clip_ratio_high is None else clip_ratio_high
-            tokens = without_clipped(tokens, old_log_prob, 1 - clip_ratio_low, 1 + high)
+            tokens = without_clipped(tokens, old_log_prob, low, high)
         first = sum(part.num_sequences for part in self._parts)
         self._parts.append(tokens._replace(first_sequence=tokens.first_sequence + first))
         self._shapes.append(log_prob.shape)

@@ -399,6 +399,14 @@ def check_band(lb: float, ub: float, names: tuple[str, str] = ("lb", "ub")) -> N
         raise ValueError(f"{names[0]} must be < {names[1]}, got {lb!r} and {ub!r}")
 
 
+def clip_bounds(low: float, high: float | None) -> tuple[float, float]:
+    """Of the ratio, from clip_ratio_low and clip_ratio_high; None: as low."""
+    check_number("clip_ratio_low", low, low=0)
+    high = low if high is None else high
+    check_number("clip_ratio_high", high, low=0)
+    return 1.0 - low, 1.0 + high
+
+
 def check_sequence_index(
     sequence_index: Tensor | None, log_prob: Tensor, cu_seqlens: Tensor | None
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ def check_tokens(
     *,
     names: tuple[str, str, str] = ("log_prob", "advantages", "mask"),
     sequences: bool = False,
+    has_advantages: bool = True,
 ) -> None:
     """Types, dtypes, shapes and devices.
 
@@ -65,8 +67,9 @@ def check_tokens(
         )
     elif log_prob.ndim == 0:
         raise ValueError(f"{names[0]} must have at least 1 dimension, got {described(log_prob)}")
-    if advantages is not None:
+    if has_advantages:
         check_tensor(names[1], advantages, LOGIT_DTYPES, log_prob.device)
+        assert advantages is not None
         if not _is_per_sequence(advantages, log_prob, cu_seqlens):
             check_shape(names[1], advantages, log_prob.shape)
     if mask is not None:
@@ -90,7 +93,7 @@ def layout(value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return value.contiguous()
     if value.ndim == 1:
         return value.contiguous().view(-1, 1)
-    return value.reshape(-1, value.shape[-1]).contiguous()
+    return value.reshape(math.prod(value.shape[:-1]), value.shape[-1]).contiguous()
 
 
 def tokens_of(
@@ -126,15 +129,15 @@ def per_token(advantages: Tensor, log_prob: Tensor, cu_seqlens: Tensor | None) -
     if not _is_per_sequence(advantages, log_prob, cu_seqlens):
         return layout(advantages, cu_seqlens)
     if cu_seqlens is None:
-        return advantages.reshape(-1, 1).expand(-1, log_prob.shape[-1])
+        return advantages.reshape(math.prod(log_prob.shape[:-1]), 1).expand(-1, log_prob.shape[-1])
     lengths = cu_seqlens.diff()
     return advantages.repeat_interleave(lengths, output_size=log_prob.shape[0])
 
 
 def _is_per_sequence(advantages: Tensor, log_prob: Tensor, cu_seqlens: Tensor | None) -> bool:
+    if advantages.shape == log_prob.shape:
+        return False
     if cu_seqlens is not None:
         return advantages.shape == (cu_seqlens.shape[0] - 1,)
     leading = log_prob.shape[:-1]
-    if log_prob.ndim == 1 or advantages.shape == log_prob.shape:
-        return False
-    return advantages.shape in (leading, (*leading, 1))
+    return log_prob.ndim > 1 and advantages.shape in (leading, (*leading, 1))

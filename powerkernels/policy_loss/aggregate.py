@@ -58,13 +58,18 @@ class Aggregation(NamedTuple):
         sequences = _or(self.global_batch_size, (row_count > 0).sum().double())
         loss = row_loss.sum() / sequences * self.dp_size
         if self.mode == "seq-mean-token-sum-norm":
-            factor = horizon if self.loss_scale_factor is None else self.loss_scale_factor
-            assert factor is not None
-            loss = loss / factor
+            factor = self.loss_scale_factor
+            if factor is None:
+                factor = max(horizon or 0, 1)
+            loss = loss / _on_device(factor, loss)
         return loss
 
 
 def _or(given: float | Tensor | None, local: Tensor) -> float | Tensor:
+    return local.clamp(min=1) if given is None else _on_device(given, local)
+
+
+def _on_device(given: float | Tensor, like: Tensor) -> float | Tensor:
     if isinstance(given, Tensor):
-        return given.reshape(()).to(device=local.device, dtype=torch.float64)
-    return local.clamp(min=1) if given is None else given
+        return given.reshape(()).to(device=like.device, dtype=torch.float64)
+    return given

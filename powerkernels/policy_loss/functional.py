@@ -15,6 +15,8 @@ from powerkernels._arguments import (
     MASK_DTYPES,
     check_bounds,
     check_number,
+    check_shape,
+    check_tensor,
     seed_tensor,
 )
 from powerkernels.covariance import covariance_table
@@ -23,6 +25,7 @@ from powerkernels.covariance.functional import (
     check_band,
     check_number_of_tokens,
     check_sequence_index,
+    clip_bounds,
     moments_of,
     select_cov,
 )
@@ -207,21 +210,15 @@ def _checked(
     weights: Tensor | None,
     cu_seqlens: Tensor | None,
     aggregation: Aggregation,
-    names: tuple[str, str, str] = NAMES,
-    old_name: str = "old_log_prob",
 ) -> _Call:
-    check_tokens(log_prob, advantages, mask, cu_seqlens, names=names, sequences=True)
-    check_like(old_name, old_log_prob, log_prob, LOGIT_DTYPES)
+    """Of a loss that compares two policies."""
+    check_tokens(log_prob, advantages, mask, cu_seqlens, names=NAMES, sequences=True)
+    check_tensor("old_log_prob", old_log_prob, LOGIT_DTYPES, log_prob.device)
+    assert old_log_prob is not None
+    check_shape("old_log_prob", old_log_prob, log_prob.shape)
     check_like("rollout_is_weights", weights, log_prob, LOGIT_DTYPES)
     aggregation.check(None if cu_seqlens is not None else log_prob.shape[1])
     return _Call(log_prob, old_log_prob, advantages, mask, weights, cu_seqlens, aggregation)
-
-
-def _clip_bounds(low: float, high: float | None) -> tuple[float, float]:
-    check_number("clip_ratio_low", low, low=0)
-    high = low if high is None else high
-    check_number("clip_ratio_high", high, low=0)
-    return 1.0 - low, 1.0 + high
 
 
 def ppo_clip_loss(
@@ -298,7 +295,7 @@ def ppo_clip_loss(
         cu_seqlens,
         aggregation,
     )
-    low, high = _clip_bounds(clip_ratio_low, clip_ratio_high)
+    low, high = clip_bounds(clip_ratio_low, clip_ratio_high)
     if clip_ratio_c is not None:
         check_number("clip_ratio_c", clip_ratio_c, low=1, open_low=True)
     moments = _moments(log_prob, advantages, response_mask, cu_seqlens, covariance_metrics)
@@ -386,7 +383,7 @@ def clip_cov_loss(
         cu_seqlens,
         aggregation,
     )
-    low, high = _clip_bounds(clip_ratio_low, clip_ratio_high)
+    low, high = clip_bounds(clip_ratio_low, clip_ratio_high)
     ratio, _ = check_number_of_tokens(clip_cov_ratio, None, "clip_cov_ratio")
     check_band(clip_cov_lb, clip_cov_ub, ("clip_cov_lb", "clip_cov_ub"))
     check_sequence_index(sequence_index, log_prob, cu_seqlens)
@@ -559,8 +556,18 @@ def entropy_bonus(
         loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
     )
     names = ("entropy", *NAMES[1:])
-    call = _checked(entropy, None, None, response_mask, None, cu_seqlens, aggregation, names)
+    check_tokens(
+        entropy,
+        None,
+        response_mask,
+        cu_seqlens,
+        names=names,
+        sequences=True,
+        has_advantages=False,
+    )
     check_number("coef", coef, low=0)
+    horizon = None if cu_seqlens is not None else entropy.shape[1]
+    aggregation.check(horizon)
     row_loss, row_count, sums, _ = _loss_sums(
         entropy,
         None,
@@ -572,8 +579,8 @@ def entropy_bonus(
         cu_seqlens,
         *Objective(objectives.VALUE),
     )
-    horizon = None if cu_seqlens is not None else entropy.shape[1]
-    loss = -coef * call.aggregation(row_loss, row_count, horizon)
+    sums = sums.detach()
+    loss = -coef * aggregation(row_loss, row_count, horizon)
     mean = row_loss.detach().sum() / sums[objectives.COUNT].clamp(min=1)
     metrics = {"actor/entropy": mean, "actor/nonfinite_tokens": sums[objectives.NONFINITE]}
     return PolicyLoss(loss.to(result_dtype(entropy)), metrics)
@@ -617,18 +624,22 @@ def reference_kl_loss(
     aggregation = Aggregation(
         loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
     )
-    call = _checked(
+    check_tokens(
         log_prob,
-        ref_log_prob,
         None,
         response_mask,
-        None,
         cu_seqlens,
-        aggregation,
-        old_name="ref_log_prob",
+        names=NAMES,
+        sequences=True,
+        has_advantages=False,
     )
+    check_tensor("ref_log_prob", ref_log_prob, LOGIT_DTYPES, log_prob.device)
+    check_shape("ref_log_prob", ref_log_prob, log_prob.shape)
+    aggregation.check(None if cu_seqlens is not None else log_prob.shape[1])
+    call = _Call(log_prob, ref_log_prob, None, response_mask, None, cu_seqlens, aggregation)
     check_number("coef", coef, low=0)
-    kind = ESTIMATORS.get(estimator.removesuffix("+"))
+    known = isinstance(estimator, str)
+    kind = ESTIMATORS.get(estimator.removesuffix("+")) if known else None
     if kind is None:
         raise ValueError(f"estimator must be one of {tuple(ESTIMATORS)}, got {estimator!r}")
     objective = Objective(kind, straight_through=estimator.endswith("+"))
