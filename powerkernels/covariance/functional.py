@@ -199,7 +199,7 @@ def token_covariance(
 
 
 @torch.library.custom_op("powerkernels::select_cov", mutates_args=())
-def select_cov(
+def _select_cov(
     log_prob: Tensor,
     advantages: Tensor,
     mask: Tensor | None,
@@ -226,7 +226,7 @@ def select_cov(
     return found.masks[0].view(log_prob.shape), found.moments, found.state
 
 
-@select_cov.register_fake
+@_select_cov.register_fake
 def _(log_prob: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     def empty(size: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device=log_prob.device)
@@ -236,6 +236,39 @@ def _(log_prob: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
         mask,
         empty(reference.NUM_MOMENTS, torch.float64),
         empty(reference.NUM_STATE, torch.int64),
+    )
+
+
+def select_cov(
+    log_prob: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    rule: Rule,
+    *,
+    exclude: Tensor | None = None,
+    old_log_prob: Tensor | None = None,
+    clip_bounds: tuple[float, float] = (0.0, 0.0),
+    cu_seqlens: Tensor | None = None,
+    sequence_index: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked arguments to the op: mask, moments and state.
+
+    With old_log_prob, tokens that PPO's clipping to clip_bounds makes constant are left out.
+    """
+    return _select_cov(
+        log_prob.detach(),
+        advantages.detach(),
+        mask,
+        exclude,
+        None if old_log_prob is None else old_log_prob.detach(),
+        cu_seqlens,
+        None if sequence_index is None else sequence_index.long(),
+        None if seed is None else seed_tensor(seed, log_prob.device),
+        *rule,
+        *clip_bounds,
+        _process_group.name_of(process_group),
     )
 
 
@@ -285,25 +318,14 @@ def select_top_cov(
     """
     check_tokens(log_prob, advantages, mask, cu_seqlens)
     check_like("exclude", exclude, log_prob, MASK_DTYPES)
-    ratio, k = check_number_of_tokens(ratio, k)
-    group = _process_group.name_of(process_group)
     return select_cov(
-        log_prob.detach(),
-        advantages.detach(),
+        log_prob,
+        advantages,
         mask,
-        exclude,
-        None,
-        cu_seqlens,
-        None,
-        None,
-        False,
-        ratio,
-        k,
-        0.0,
-        0.0,
-        0.0,
-        0.0,
-        group,
+        Rule(False, *check_number_of_tokens(ratio, k)),
+        exclude=exclude,
+        cu_seqlens=cu_seqlens,
+        process_group=process_group,
     )[0]
 
 
@@ -343,27 +365,18 @@ def select_cov_band(
     """
     check_tokens(log_prob, advantages, mask, cu_seqlens)
     check_like("exclude", exclude, log_prob, MASK_DTYPES)
-    ratio, k = check_number_of_tokens(ratio, k)
     check_band(lb, ub)
     check_sequence_index(sequence_index, log_prob, cu_seqlens)
-    group = _process_group.name_of(process_group)
     return select_cov(
-        log_prob.detach(),
-        advantages.detach(),
+        log_prob,
+        advantages,
         mask,
-        exclude,
-        None,
-        cu_seqlens,
-        None if sequence_index is None else sequence_index.long(),
-        seed_tensor(seed, log_prob.device),
-        True,
-        ratio,
-        k,
-        float(lb),
-        float(ub),
-        0.0,
-        0.0,
-        group,
+        Rule(True, *check_number_of_tokens(ratio, k), float(lb), float(ub)),
+        exclude=exclude,
+        cu_seqlens=cu_seqlens,
+        sequence_index=sequence_index,
+        seed=seed_tensor(seed, log_prob.device),
+        process_group=process_group,
     )[0]
 
 

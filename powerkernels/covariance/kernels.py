@@ -365,24 +365,17 @@ def sequence_of(index, width, bounds_ptr, num_sequences, STEPS: tl.constexpr):
 def keys_at(
     index,
     inside,
-    log_prob_ptr,
-    advantages_ptr,
-    selectable_ptr,
-    mean_log_prob,
-    mean_advantage,
-    width,
-    bounds_ptr,
-    num_sequences,
-    lb,
-    ub,
-    seed_ptr,
-    first_sequence_ptr,
-    sequence_index_ptr,
+    source,
     BAND: tl.constexpr,
     PER_SEQUENCE: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """uint32 keys, 0 for what cannot be selected; and whether the covariance is not 0."""
+    """uint32 keys, 0 for what cannot be selected; and whether the covariance is not 0.
+
+    source: see `histogram_kernel`.
+    """
+    log_prob_ptr, advantages_ptr, selectable_ptr, width, mean_log_prob, mean_advantage = source[:6]
+    bounds_ptr, num_sequences, lb, ub, seed_ptr, first_sequence_ptr, sequence_index_ptr = source[6:]
     kept = load(selectable_ptr, index, inside) != 0
     log_prob = load_float(log_prob_ptr, index, inside, kept)
     advantage = load_advantage(advantages_ptr, index, inside, kept, width, PER_SEQUENCE)
@@ -447,55 +440,32 @@ def histogram_kernel(
 ):
     first = tl.cast(tl.program_id(0), tl.int64) * tokens_per_program
     last = tl.minimum(first + tokens_per_program, num_tokens)
-    mean_log_prob = mean_of(moments_ptr, LOG_PROB)
-    mean_advantage = mean_of(moments_ptr, ADVANTAGE)
+    source = (
+        log_prob_ptr,
+        advantages_ptr,
+        selectable_ptr,
+        width,
+        mean_of(moments_ptr, LOG_PROB),
+        mean_of(moments_ptr, ADVANTAGE),
+        bounds_ptr,
+        num_sequences,
+        lb,
+        ub,
+        seed_ptr,
+        first_sequence_ptr,
+        sequence_index_ptr,
+    )
     counts = tl.zeros([NUM_BINS], tl.int32)
     nonzeros = tl.zeros([BLOCK], tl.int32)
     lane = tl.arange(0, BLOCK)
     whole = end_of_blocks(first, last, BLOCK)
     for begin in range(first, whole, BLOCK):
-        keys, nonzero = keys_at(
-            begin + lane,
-            None,
-            log_prob_ptr,
-            advantages_ptr,
-            selectable_ptr,
-            mean_log_prob,
-            mean_advantage,
-            width,
-            bounds_ptr,
-            num_sequences,
-            lb,
-            ub,
-            seed_ptr,
-            first_sequence_ptr,
-            sequence_index_ptr,
-            BAND,
-            PER_SEQUENCE,
-            STEPS,
-        )
+        keys, nonzero = keys_at(begin + lane, None, source, BAND, PER_SEQUENCE, STEPS)
         counts += count_digits(keys, state_ptr, SHIFT, BITS)
         nonzeros += nonzero.to(tl.int32)
     if whole < last:
         keys, nonzero = keys_at(
-            whole + lane,
-            whole + lane < last,
-            log_prob_ptr,
-            advantages_ptr,
-            selectable_ptr,
-            mean_log_prob,
-            mean_advantage,
-            width,
-            bounds_ptr,
-            num_sequences,
-            lb,
-            ub,
-            seed_ptr,
-            first_sequence_ptr,
-            sequence_index_ptr,
-            BAND,
-            PER_SEQUENCE,
-            STEPS,
+            whole + lane, whole + lane < last, source, BAND, PER_SEQUENCE, STEPS
         )
         counts += count_digits(keys, state_ptr, SHIFT, BITS)
         nonzeros += nonzero.to(tl.int32)
@@ -583,8 +553,21 @@ def mark_kernel(
     pid = tl.program_id(0)
     first = tl.cast(pid, tl.int64) * tokens_per_program
     last = tl.minimum(first + tokens_per_program, num_tokens)
-    mean_log_prob = mean_of(moments_ptr, LOG_PROB)
-    mean_advantage = mean_of(moments_ptr, ADVANTAGE)
+    source = (
+        log_prob_ptr,
+        advantages_ptr,
+        selectable_ptr,
+        width,
+        mean_of(moments_ptr, LOG_PROB),
+        mean_of(moments_ptr, ADVANTAGE),
+        bounds_ptr,
+        num_sequences,
+        lb,
+        ub,
+        seed_ptr,
+        first_sequence_ptr,
+        sequence_index_ptr,
+    )
     threshold = tl.load(state_ptr + THRESHOLD).to(tl.uint32)
     remaining = tl.load(state_ptr + REMAINING)
     place = tl.zeros([], tl.int64)
@@ -597,48 +580,10 @@ def mark_kernel(
     lane = tl.arange(0, BLOCK)
     whole = end_of_blocks(first, last, BLOCK)
     for begin in range(first, whole, BLOCK):
-        keys, _ = keys_at(
-            begin + lane,
-            None,
-            log_prob_ptr,
-            advantages_ptr,
-            selectable_ptr,
-            mean_log_prob,
-            mean_advantage,
-            width,
-            bounds_ptr,
-            num_sequences,
-            lb,
-            ub,
-            seed_ptr,
-            first_sequence_ptr,
-            sequence_index_ptr,
-            BAND,
-            PER_SEQUENCE,
-            STEPS,
-        )
+        keys, _ = keys_at(begin + lane, None, source, BAND, PER_SEQUENCE, STEPS)
         place += mark_keys(keys, begin + lane, None, threshold, remaining, place, out_ptr)
     if whole < last:
-        keys, _ = keys_at(
-            whole + lane,
-            whole + lane < last,
-            log_prob_ptr,
-            advantages_ptr,
-            selectable_ptr,
-            mean_log_prob,
-            mean_advantage,
-            width,
-            bounds_ptr,
-            num_sequences,
-            lb,
-            ub,
-            seed_ptr,
-            first_sequence_ptr,
-            sequence_index_ptr,
-            BAND,
-            PER_SEQUENCE,
-            STEPS,
-        )
+        keys, _ = keys_at(whole + lane, whole + lane < last, source, BAND, PER_SEQUENCE, STEPS)
         place += mark_keys(
             keys, whole + lane, whole + lane < last, threshold, remaining, place, out_ptr
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from powerkernels import _extension, _process_group
+from powerkernels import _extension
 from powerkernels._arguments import (
     LOGIT_DTYPES,
     MASK_DTYPES,
@@ -17,7 +17,6 @@ from powerkernels._arguments import (
     check_number,
     check_shape,
     check_tensor,
-    seed_tensor,
 )
 from powerkernels.covariance import covariance_table
 from powerkernels.covariance import reference as covariance_reference
@@ -29,6 +28,7 @@ from powerkernels.covariance.functional import (
     moments_of,
     select_cov,
 )
+from powerkernels.covariance.reference import Rule
 from powerkernels.covariance.table import SHARES
 from powerkernels.covariance.tokens import (
     as_bool,
@@ -393,25 +393,18 @@ def clip_cov_loss(
     state = None
     moments = None
     if selected is None:
-        assert seed is not None
         check_advantage_scale(advantages, response_mask)
         selected, moments, state = select_cov(
-            log_prob.detach(),
-            advantages.detach(),
+            log_prob,
+            advantages,
             response_mask,
-            None,
-            old_log_prob.detach(),
-            cu_seqlens,
-            None if sequence_index is None else sequence_index.long(),
-            seed_tensor(seed, log_prob.device),
-            True,
-            ratio,
-            -1,
-            float(clip_cov_lb),
-            float(clip_cov_ub),
-            low,
-            high,
-            _process_group.name_of(process_group),
+            Rule(True, ratio, -1, float(clip_cov_lb), float(clip_cov_ub)),
+            old_log_prob=old_log_prob,
+            clip_bounds=(low, high),
+            cu_seqlens=cu_seqlens,
+            sequence_index=sequence_index,
+            seed=seed,
+            process_group=process_group,
         )
     else:
         selected = as_bool(selected, log_prob)
@@ -493,22 +486,12 @@ def kl_cov_loss(
     if selected is None:
         check_advantage_scale(advantages, response_mask)
         selected, moments, state = select_cov(
-            log_prob.detach(),
-            advantages.detach(),
+            log_prob,
+            advantages,
             response_mask,
-            None,
-            None,
-            cu_seqlens,
-            None,
-            None,
-            False,
-            ratio,
-            -1,
-            0.0,
-            0.0,
-            0.0,
-            0.0,
-            _process_group.name_of(process_group),
+            Rule(False, ratio, -1),
+            cu_seqlens=cu_seqlens,
+            process_group=process_group,
         )
     else:
         selected = as_bool(selected, log_prob)

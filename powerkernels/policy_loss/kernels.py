@@ -108,18 +108,7 @@ def add_losses(
     index,
     inside,
     row,
-    log_prob_ptr,
-    old_log_prob_ptr,
-    advantages_ptr,
-    mask_ptr,
-    selected_ptr,
-    weights_ptr,
-    moments_ptr,
-    low,
-    high,
-    dual_clip,
-    penalty,
-    terms_ptr,
+    source,
     totals,
     KIND: tl.constexpr,
     CLIP: tl.constexpr,
@@ -128,6 +117,8 @@ def add_losses(
     PER_SEQUENCE: tl.constexpr,
 ):
     """Writes the derivatives of a block of tokens; the totals with its sums."""
+    log_prob_ptr, old_log_prob_ptr, advantages_ptr, mask_ptr, selected_ptr = source[:5]
+    weights_ptr, moments_ptr, low, high, dual_clip, penalty, terms_ptr = source[5:]
     count, neg_log_ratio, abs_log_ratio, k3_estimate, num_clipped = totals[:5]
     num_dual, num_selected, nonfinite, total_cov, total_loss = totals[5:]
     mask = load(mask_ptr, index, inside) != 0
@@ -240,6 +231,20 @@ def loss_kernel(
     first = row_begin + split * share
     last = tl.maximum(tl.minimum(first + share, row_end), first)
 
+    source = (
+        log_prob_ptr,
+        old_log_prob_ptr,
+        advantages_ptr,
+        mask_ptr,
+        selected_ptr,
+        weights_ptr,
+        moments_ptr,
+        low,
+        high,
+        dual_clip,
+        penalty,
+        terms_ptr,
+    )
     zeros = tl.zeros([BLOCK], tl.float32)
     totals = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
     lane = tl.arange(0, BLOCK)
@@ -249,18 +254,7 @@ def loss_kernel(
             begin + lane,
             None,
             row,
-            log_prob_ptr,
-            old_log_prob_ptr,
-            advantages_ptr,
-            mask_ptr,
-            selected_ptr,
-            weights_ptr,
-            moments_ptr,
-            low,
-            high,
-            dual_clip,
-            penalty,
-            terms_ptr,
+            source,
             totals,
             KIND,
             CLIP,
@@ -273,18 +267,7 @@ def loss_kernel(
             whole + lane,
             whole + lane < last,
             row,
-            log_prob_ptr,
-            old_log_prob_ptr,
-            advantages_ptr,
-            mask_ptr,
-            selected_ptr,
-            weights_ptr,
-            moments_ptr,
-            low,
-            high,
-            dual_clip,
-            penalty,
-            terms_ptr,
+            source,
             totals,
             KIND,
             CLIP,

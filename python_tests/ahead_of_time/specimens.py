@@ -348,7 +348,10 @@ MOMENTS = Specimen(
     aligned=("log_prob_ptr", "advantages_ptr", "mask_ptr", "tokens_per_program"),
     options=EXACT,
     element_bytes=9,
-    expected=Expectation(max_registers=128, min_resident_warps=16),
+    # The narrow load is the mask's: a byte a token.
+    expected=Expectation(
+        vector_loads=True, scalar_loads=1, max_registers=128, min_resident_warps=16
+    ),
 )
 
 KEYS = {
@@ -380,7 +383,9 @@ HISTOGRAM = Specimen(
     aligned=KEY_POINTERS,
     num_warps=16,
     options=EXACT,
-    expected=Expectation(max_registers=128, max_shared=48 * 1024),
+    expected=Expectation(
+        vector_loads=True, scalar_loads=1, max_registers=128, max_shared=48 * 1024
+    ),
 )
 
 
@@ -393,6 +398,8 @@ def band(specimen: Specimen, *, packed: bool) -> Specimen:
         name=f"{specimen.name} band{' packed' if packed else ''}",
         signature={**specimen.signature, **more},
         constexprs={**fixed, "BAND": True, "STEPS": 11 if packed else 0},
+        # The search in the bounds loads one by one.
+        expected=replace(specimen.expected, vector_loads=not packed),
     )
 
 
@@ -418,7 +425,9 @@ MARK = Specimen(
     constexprs={**TOP, "ties_before_ptr": None, "PROGRAMS": 1024, "BLOCK": 512},
     aligned=(*KEY_POINTERS, "out_ptr"),
     options=EXACT,
-    expected=Expectation(max_registers=128, min_resident_warps=16),
+    expected=Expectation(
+        vector_loads=True, scalar_loads=1, max_registers=64, min_resident_warps=32
+    ),
 )
 
 UNCLIPPED = Specimen(
@@ -470,7 +479,10 @@ LOSS = Specimen(
     },
     aligned=(*LOSS_POINTERS, "terms_ptr", "width"),
     options=EXACT,
-    expected=Expectation(max_registers=128, min_resident_warps=16),
+    # The narrow loads are the two masks' and the ten moments.
+    expected=Expectation(
+        vector_loads=True, scalar_loads=12, max_registers=128, min_resident_warps=16
+    ),
 )
 
 
@@ -483,6 +495,8 @@ def policy_loss(name: str, *, without: tuple[str, ...] = (), **constexprs: Any) 
         name=f"policy_loss {name}",
         signature={**kept, **more},
         constexprs={**fixed, **dict.fromkeys(without), **constexprs},
+        # The first token of a packed sequence is at a multiple of nothing.
+        expected=replace(LOSS.expected, vector_loads="packed" not in name),
     )
 
 
