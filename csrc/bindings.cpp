@@ -217,12 +217,20 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cov_moments",
       [](const Rows& rows, const Floats& log_prob, const Floats& advantages, uintptr_t mask,
-         uintptr_t out, int num_threads) {
-        cov_moments(token_arrays(rows, log_prob, advantages, mask), pointer<double>(out),
-                    num_threads);
+         const Floats& old_log_prob, uintptr_t selectable, double low, double high,
+         uintptr_t unclipped, uintptr_t out, int num_threads) {
+        TokenArrays tokens = token_arrays(rows, log_prob, advantages, mask);
+        tokens.old_log_prob = floats(old_log_prob);
+        tokens.selectable = pointer<const uint8_t>(selectable);
+        cov_moments(
+            tokens,
+            {static_cast<float>(low), static_cast<float>(high), pointer<uint8_t>(unclipped)},
+            pointer<double>(out), num_threads);
       },
-      py::arg("rows"), py::arg("log_prob"), py::arg("advantages"), py::arg("mask"), py::arg("out"),
-      py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("rows"), py::arg("log_prob"), py::arg("advantages"), py::arg("mask"),
+      py::arg("old_log_prob"), py::arg("selectable"), py::arg("low"), py::arg("high"),
+      py::arg("unclipped"), py::arg("out"), py::arg("num_threads"),
+      py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "cov_tokens",
@@ -234,20 +242,6 @@ PYBIND11_MODULE(_C, m) {
       py::arg("rows"), py::arg("log_prob"), py::arg("advantages"), py::arg("mask"),
       py::arg("moments"), py::arg("out"), py::arg("num_threads"),
       py::call_guard<py::gil_scoped_release>());
-
-  m.def(
-      "cov_unclipped",
-      [](const Rows& rows, const Floats& log_prob, const Floats& old_log_prob,
-         const Floats& advantages, uintptr_t selectable, double low, double high, uintptr_t out,
-         int num_threads) {
-        TokenArrays tokens = token_arrays(rows, log_prob, advantages, selectable);
-        tokens.old_log_prob = floats(old_log_prob);
-        cov_unclipped(tokens, static_cast<float>(low), static_cast<float>(high),
-                      pointer<uint8_t>(out), num_threads);
-      },
-      py::arg("rows"), py::arg("log_prob"), py::arg("old_log_prob"), py::arg("advantages"),
-      py::arg("selectable"), py::arg("low"), py::arg("high"), py::arg("out"),
-      py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "cov_keys",
@@ -265,15 +259,29 @@ PYBIND11_MODULE(_C, m) {
       py::arg("first_sequence"), py::arg("sequence_index"), py::arg("values"), py::arg("counts"),
       py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 
-  m.def(
-      "cov_histogram",
-      [](uintptr_t values, int64_t num_tokens, uint64_t prefix, int digit, uintptr_t out,
-         int num_threads) {
-        cov_histogram(pointer<const uint32_t>(values), num_tokens, prefix, digit,
-                      pointer<int64_t>(out), num_threads);
-      },
-      py::arg("values"), py::arg("num_tokens"), py::arg("prefix"), py::arg("digit"), py::arg("out"),
-      py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+  py::class_<KeyCandidates>(m, "KeyCandidates")
+      .def(
+          py::init([](uintptr_t values, int64_t num_tokens, uint32_t first_digit, int num_threads) {
+            return KeyCandidates(pointer<const uint32_t>(values), num_tokens, first_digit,
+                                 num_threads);
+          }),
+          py::arg("values"), py::arg("num_tokens"), py::arg("first_digit"), py::arg("num_threads"),
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "histogram",
+          [](const KeyCandidates& self, uint32_t prefix, int digit, uintptr_t out) {
+            self.histogram(prefix, digit, pointer<int64_t>(out));
+          },
+          py::arg("prefix"), py::arg("digit"), py::arg("out"),
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "mark",
+          [](const KeyCandidates& self, const std::array<int64_t, 4>& state, int64_t ties_before,
+             uintptr_t out) {
+            self.mark(selection_state(state), ties_before, pointer<uint8_t>(out));
+          },
+          py::arg("state"), py::arg("ties_before"), py::arg("out"),
+          py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "cov_narrow",
@@ -288,16 +296,6 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("counts"), py::arg("moments"), py::arg("ratio"), py::arg("k"), py::arg("state"),
       py::arg("digit"));
-
-  m.def(
-      "cov_mark",
-      [](uintptr_t values, int64_t num_tokens, const std::array<int64_t, 4>& state,
-         int64_t ties_before, uintptr_t out, int num_threads) {
-        cov_mark(pointer<const uint32_t>(values), num_tokens, selection_state(state), ties_before,
-                 pointer<uint8_t>(out), num_threads);
-      },
-      py::arg("values"), py::arg("num_tokens"), py::arg("state"), py::arg("ties_before"),
-      py::arg("out"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "policy_loss_sums",

@@ -10,7 +10,6 @@ namespace powerkernels {
 namespace {
 
 constexpr uint32_t kStream = 0x436F7631u;  // the last word of a token's counter
-constexpr int64_t kStretch = 32;           // tokens that are passed over together
 
 struct TokenBlockReader {
   const TokenKernels& kernels = PK_SIMD_PICK(token_kernels)();
@@ -68,49 +67,6 @@ class RandomKeys {
       words_[kTokenBlock];
 };
 
-// Keys of blocks of tokens.
-class KeyMaker {
- public:
-  explicit KeyMaker(const SelectionKeys& keys)
-      : keys_(keys), means_(cov_means(keys.moments)), random_(keys, reader_.kernels) {}
-
-  // Returns the number of selectable tokens whose covariance is not 0.
-  int64_t make(int64_t first, int64_t n, uint32_t* values) {
-    const uint8_t* selectable = keys_.tokens.selectable + first;
-    reader_.kernels.covariances(reader_.at(keys_.tokens, first, n), means_, cov_);
-    if (keys_.band) {
-      int64_t num_eligible = 0;
-      const auto is_eligible = [&](int64_t i) {
-        return (selectable[i] != 0) & (cov_[i] > keys_.lb) & (cov_[i] < keys_.ub);
-      };
-      // Few are: most stretches have none.
-      for (int64_t begin = 0; begin < n; begin += kStretch) {
-        const int64_t end = std::min(begin + kStretch, n);
-        int num_hits = 0;
-        for (int64_t i = begin; i < end; ++i) num_hits += is_eligible(i);
-        for (int64_t i = begin; num_hits != 0 && i < end; ++i) {
-          place_[num_eligible] = static_cast<int32_t>(i);
-          num_eligible += is_eligible(i);
-        }
-      }
-      random_.make(first, n, place_, num_eligible, values);
-    } else {
-      reader_.kernels.cov_keys(cov_, selectable, n, values);
-    }
-    int64_t num_nonzero = 0;
-    for (int64_t i = 0; i < n; ++i) num_nonzero += (cov_[i] != 0.0f) & selectable[i];
-    return num_nonzero;
-  }
-
- private:
-  const SelectionKeys& keys_;
-  CovMeans means_;
-  TokenBlockReader reader_;
-  RandomKeys random_;
-  int32_t place_[kTokenBlock];
-  alignas(64) float cov_[kTokenBlock];
-};
-
 // Bins that tasks add to, in whatever order.
 class Histogram {
  public:
@@ -128,20 +84,59 @@ class Histogram {
   std::vector<std::atomic<int64_t>> counts_;
 };
 
-// fn(token) for the few tokens whose key is a hit; stretches without one are passed over whole.
-template <typename IsHit, typename Fn>
-void for_hits(const uint32_t* values, int64_t first, int64_t last, const IsHit& is_hit,
-              const Fn& fn) {
-  for (; first < last; first += kStretch) {
-    const int64_t end = std::min(first + kStretch, last);
-    uint32_t num_hits = 0;
-    for (int64_t i = first; i < end; ++i) num_hits += is_hit(values[i]);
-    if (num_hits == 0) continue;
-    for (int64_t i = first; i < end; ++i) {
-      if (is_hit(values[i])) fn(i);
+// The first digits of a task's keys. Several, so that equal neighbours need not wait for one
+// another.
+class TaskHistogram {
+ public:
+  void add(uint32_t key, int64_t i) { ++counts_[i & 3][key >> kDigitShift[0]]; }
+  void clear_lowest() {
+    for (auto& counts : counts_) counts[0] = 0;
+  }
+  void add_to(Histogram* total) const {
+    for (int bin = 0; bin < kNumBins; ++bin) {
+      int64_t sum = 0;
+      for (const auto& counts : counts_) sum += counts[bin];
+      total->add(bin, sum);
     }
   }
-}
+
+ private:
+  static_assert(kTaskTokens <= UINT16_MAX, "a bin must hold all tokens of a task");
+  uint16_t counts_[4][kNumBins] = {};
+};
+
+// Keys of blocks of tokens.
+class KeyMaker {
+ public:
+  explicit KeyMaker(const SelectionKeys& keys)
+      : keys_(keys), means_(cov_means(keys.moments)), random_(keys, reader_.kernels) {}
+
+  // Returns the number of selectable tokens whose covariance is not 0. The first digits of the keys
+  // are added to counts.
+  int64_t make(int64_t first, int64_t n, uint32_t* values, TaskHistogram* counts) {
+    const TokenKernels& kernels = reader_.kernels;
+    const uint8_t* selectable = keys_.tokens.selectable + first;
+    kernels.covariances(reader_.at(keys_.tokens, first, n), means_, cov_);
+    if (keys_.band) {
+      const int64_t count = kernels.in_band(cov_, selectable, n, keys_.lb, keys_.ub, place_);
+      random_.make(first, n, place_, count, values);
+      for (int64_t i = 0; i < count; ++i) counts->add(values[place_[i]], i);
+    } else {
+      kernels.cov_keys(cov_, selectable, n, values);
+      for (int64_t i = 0; i < n; ++i) counts->add(values[i], i);
+      counts->clear_lowest();  // a covariance's key is in it only if it is 0: none
+    }
+    return kernels.count_nonzero(cov_, selectable, n);
+  }
+
+ private:
+  const SelectionKeys& keys_;
+  CovMeans means_;
+  TokenBlockReader reader_;
+  RandomKeys random_;
+  int32_t place_[kTokenBlock];
+  alignas(64) float cov_[kTokenBlock];
+};
 
 }  // namespace
 
@@ -153,14 +148,19 @@ CovMeans cov_means(const double* moments) {
   return {mean(moments + 2), mean(moments + 2 + kNumUnits)};
 }
 
-void cov_moments(const TokenArrays& tokens, double* moments, int num_threads) {
+void cov_moments(const TokenArrays& tokens, const UnclippedOutput& unclipped, double* moments,
+                 int num_threads) {
   const int64_t num_tasks = num_token_tasks(tokens.rows.num_tokens);
   std::vector<double> sums(static_cast<size_t>(num_tasks * kNumMoments), 0.0);
   for_token_tasks(
       tokens.rows.num_tokens, num_threads, [&](int64_t task, int64_t first, int64_t last) {
         TokenBlockReader reader;
         for_blocks(first, last, [&](int64_t begin, int64_t n) {
-          reader.kernels.add_moments(reader.at(tokens, begin, n), &sums[task * kNumMoments]);
+          TokenBlockOf block = reader.at(tokens, begin, n);
+          reader.kernels.add_moments(block, &sums[task * kNumMoments]);
+          if (unclipped.mask == nullptr) return;
+          block.mask = tokens.selectable + begin;
+          reader.kernels.unclipped(block, unclipped.low, unclipped.high, unclipped.mask + begin);
         });
       });
   for (int m = 0; m < kNumMoments; ++m) {
@@ -179,52 +179,61 @@ void cov_tokens(const TokenArrays& tokens, const double* moments, float* cov, in
   });
 }
 
-void cov_unclipped(const TokenArrays& tokens, float low, float high, uint8_t* out,
-                   int num_threads) {
-  for_token_tasks(tokens.rows.num_tokens, num_threads, [&](int64_t, int64_t first, int64_t last) {
-    TokenBlockReader reader;
-    for_blocks(first, last, [&](int64_t begin, int64_t n) {
-      reader.kernels.unclipped(reader.at(tokens, begin, n), low, high, out + begin);
-    });
-  });
-}
-
 void cov_keys(const SelectionKeys& keys, uint32_t* values, int64_t* counts, int num_threads) {
   Histogram total;
   for_token_tasks(keys.tokens.rows.num_tokens, num_threads,
                   [&](int64_t, int64_t first, int64_t last) {
-                    // Two, so that equal neighbours need not wait for one another.
-                    uint32_t own[2][kNumBins] = {};
-                    int64_t num_zeros = 0, num_nonzero = 0;
+                    TaskHistogram own;
+                    int64_t num_nonzero = 0;
                     KeyMaker maker(keys);
                     for_blocks(first, last, [&](int64_t begin, int64_t n) {
-                      num_nonzero += maker.make(begin, n, values + begin);
-                      const uint32_t* block = values + begin;
-                      for (int64_t i = 0; i < n; ++i) ++own[i & 1][block[i] >> kDigitShift[0]];
-                      for (int64_t i = 0; i < n; ++i) num_zeros += block[i] == 0;
+                      num_nonzero += maker.make(begin, n, values + begin, &own);
                     });
-                    for (int bin = 0; bin < kNumBins; ++bin) {
-                      total.add(bin, static_cast<int64_t>(own[0][bin]) + own[1][bin]);
-                    }
-                    total.add(0, -num_zeros);
+                    own.add_to(&total);
                     total.add(kNumBins, num_nonzero);
                   });
   total.copy_to(counts);
 }
 
-void cov_histogram(const uint32_t* values, int64_t num_tokens, uint64_t prefix, int digit,
-                   int64_t* counts, int num_threads) {
-  Histogram total;
+KeyCandidates::KeyCandidates(const uint32_t* values, int64_t num_tokens, uint32_t first_digit,
+                             int num_threads)
+    : tasks_(static_cast<size_t>(num_token_tasks(num_tokens))) {
+  // No key is 0.
+  const uint32_t lowest = std::max(first_digit << kDigitShift[0], 1u);
+  for_token_tasks(num_tokens, num_threads, [&](int64_t task, int64_t first, int64_t last) {
+    constexpr int64_t kStretch = 64;
+    auto& found = tasks_[static_cast<size_t>(task)];
+    for (; first < last; first += kStretch) {
+      const int64_t end = std::min(first + kStretch, last);
+      uint32_t num_hits = 0;
+      for (int64_t i = first; i < end; ++i) num_hits += values[i] >= lowest;
+      for (int64_t i = first; num_hits != 0 && i < end; ++i) {
+        if (values[i] >= lowest) found.push_back({i, values[i]});
+      }
+    }
+  });
+}
+
+void KeyCandidates::histogram(uint32_t prefix, int digit, int64_t* counts) const {
   const int shift = kDigitShift[digit], above = shift + kDigitBits[digit];
   const uint32_t last_bin = (1u << kDigitBits[digit]) - 1;
-  const auto wanted = static_cast<uint32_t>(prefix);
-  for_token_tasks(num_tokens, num_threads, [&](int64_t, int64_t first, int64_t last) {
-    for_hits(
-        values, first, last,
-        [&](uint32_t value) { return ((value >> above) == wanted) & (value != 0); },
-        [&](int64_t token) { total.add((values[token] >> shift) & last_bin, 1); });
+  std::fill_n(counts, kNumBins + 1, int64_t{0});
+  for_each([&](const Candidate& x) {
+    if (x.key >> above == prefix) ++counts[(x.key >> shift) & last_bin];
   });
-  total.copy_to(counts);
+}
+
+void KeyCandidates::mark(const SelectionState& state, int64_t ties_before, uint8_t* out) const {
+  const auto threshold = static_cast<uint32_t>(state.threshold);
+  int64_t left = state.remaining - ties_before;
+  for_each([&](const Candidate& x) {
+    if (x.key > threshold) {
+      out[x.token] = 1;
+    } else if (x.key == threshold && left > 0) {
+      out[x.token] = 1;
+      --left;
+    }
+  });
 }
 
 SelectionState cov_narrow(const int64_t* counts, const double* moments, double ratio, int64_t k,
@@ -250,27 +259,6 @@ SelectionState cov_narrow(const int64_t* counts, const double* moments, double r
   next.threshold = (next.threshold << kDigitBits[digit]) + bin;
   next.remaining -= above;
   return next;
-}
-
-void cov_mark(const uint32_t* values, int64_t num_tokens, const SelectionState& state,
-              int64_t ties_before, uint8_t* out, int num_threads) {
-  const auto threshold = static_cast<uint32_t>(state.threshold);
-  std::vector<std::vector<int64_t>> ties(static_cast<size_t>(num_token_tasks(num_tokens)));
-  for_token_tasks(num_tokens, num_threads, [&](int64_t task, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) out[i] = values[i] > threshold;
-    if (threshold == 0 || state.remaining == 0) return;
-    for_hits(
-        values, first, last, [&](uint32_t value) { return value == threshold; },
-        [&](int64_t token) { ties[static_cast<size_t>(task)].push_back(token); });
-  });
-  int64_t left = state.remaining - ties_before;
-  for (const auto& of_task : ties) {
-    for (const int64_t token : of_task) {
-      if (left <= 0) return;
-      out[token] = 1;
-      --left;
-    }
-  }
 }
 
 }  // namespace powerkernels

@@ -124,6 +124,38 @@ void cov_keys(const float* cov, const uint8_t* selectable, int64_t n, uint32_t* 
   });
 }
 
+int64_t in_band(const float* cov, const uint8_t* selectable, int64_t n, float lb, float ub,
+                int32_t* place) {
+  constexpr int64_t kStretch = 32;
+  int64_t count = 0;
+  const auto is_in = [&](int64_t i) {
+    return static_cast<int>(selectable[i] & (cov[i] > lb) & (cov[i] < ub));
+  };
+  // Few are: most stretches have none.
+  for (int64_t begin = 0; begin < n; begin += kStretch) {
+    const int64_t end = begin + kStretch < n ? begin + kStretch : n;
+    int hits = 0;
+    for (int64_t i = begin; i < end; ++i) hits += is_in(i);
+    for (int64_t i = begin; hits != 0 && i < end; ++i) {
+      place[count] = static_cast<int32_t>(i);
+      count += is_in(i);
+    }
+  }
+  return count;
+}
+
+int64_t count_nonzero(const float* cov, const uint8_t* selectable, int64_t n) {
+  L8 total = {};
+  for_lanes(n, [&](int64_t i, int n) {
+    const F8 x = load_some<F8>(cov + i, n);
+    const L8 nonzero = __builtin_convertvector(x != 0.0f, L8);
+    total -= nonzero & lanes_of(load_some<B8>(selectable + i, n));
+  });
+  int64_t count = 0;
+  for (int lane = 0; lane < kLanes; ++lane) count += total[lane];
+  return count;
+}
+
 typedef uint64_t U8 __attribute__((vector_size(64)));
 typedef uint32_t W8 __attribute__((vector_size(32)));
 
@@ -357,8 +389,9 @@ void losses(const TokenBlockOf& block, const LossObjective& objective, float* lo
 }  // namespace
 
 const TokenKernels& token_kernels() {
-  static const TokenKernels kernels = {widen,  add_moments, covariances, cov_keys, unclipped,
-                                       losses, philox,      sum,         count};
+  static const TokenKernels kernels = {widen,     add_moments, covariances, cov_keys,
+                                       unclipped, losses,      in_band,     count_nonzero,
+                                       philox,    sum,         count};
   return kernels;
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,28 @@ from powerkernels.covariance.tokens import Tokens
 
 def moments(tokens: Tokens) -> Tensor:
     """float64 [NUM_MOMENTS], to be added up over parts."""
+    return _moments(tokens)
+
+
+def _moments(
+    tokens: Tokens,
+    old_log_prob: Tensor | None = None,
+    low: float = 0.0,
+    high: float = 0.0,
+    unclipped: Tensor | None = None,
+) -> Tensor:
     arrays = _Arrays(tokens)
     out = torch.empty(reference.NUM_MOMENTS, dtype=torch.float64)
     _extension.compiled().cov_moments(
-        **arrays.keywords, mask=tokens.mask.data_ptr(), out=out.data_ptr(), num_threads=threads()
+        **arrays.keywords,
+        mask=tokens.mask.data_ptr(),
+        old_log_prob=floats(old_log_prob),
+        selectable=tokens.selectable.data_ptr(),
+        low=low,
+        high=high,
+        unclipped=_extension.address(unclipped),
+        out=out.data_ptr(),
+        num_threads=threads(),
     )
     return out
 
@@ -37,27 +55,32 @@ def covariances(tokens: Tokens, moments: Tensor) -> Tensor:
     return out
 
 
-def unclipped(tokens: Tokens, old_log_prob: Tensor, low: float, high: float) -> Tensor:
-    """bool: selectable tokens whose loss PPO's clipping leaves alone; low, high bound the ratio."""
-    arrays = _Arrays(tokens)
+def unclipped(
+    tokens: Tokens, old_log_prob: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor | None]:
+    """See the reference; the moments come from the same read."""
     out = torch.empty(tokens.log_prob.shape, dtype=torch.bool)
-    _extension.compiled().cov_unclipped(
-        **arrays.keywords,
-        old_log_prob=floats(old_log_prob),
-        selectable=tokens.selectable.data_ptr(),
-        low=low,
-        high=high,
-        out=out.data_ptr(),
-        num_threads=threads(),
-    )
-    return out
+    return out, _moments(tokens, old_log_prob, low, high, out)
 
 
-class Keys(NamedTuple):
+class Keys:
     """What the stages after the moments work on."""
 
-    values: Tensor  # int32, the keys' 32 bits, shaped as the tokens
-    counts: Tensor  # int64 [NUM_BINS + 1] of the first digit
+    def __init__(self, values: Tensor, counts: Tensor) -> None:
+        self.values = values  # int32, the keys' 32 bits, shaped as the tokens
+        self.counts = counts  # int64 [NUM_BINS + 1] of the first digit
+        self._candidates: Any = None
+
+    def candidates(self, state: Tensor) -> Any:
+        """_C.KeyCandidates; first asked for when the threshold has one digit."""
+        if self._candidates is None:
+            self._candidates = _extension.compiled().KeyCandidates(
+                values=self.values.data_ptr(),
+                num_tokens=self.values.numel(),
+                first_digit=int(state[reference.THRESHOLD]),
+                num_threads=threads(),
+            )
+        return self._candidates
 
 
 def keys_of(tokens: Tokens, moments: Tensor, rule: Rule, seed: Tensor | None) -> Keys:
@@ -86,13 +109,8 @@ def histogram(keys: Keys, state: Tensor | None, digit: int) -> Tensor:
     if state is None:
         return keys.counts
     out = torch.empty_like(keys.counts)
-    _extension.compiled().cov_histogram(
-        values=keys.values.data_ptr(),
-        num_tokens=keys.values.numel(),
-        prefix=int(state[reference.THRESHOLD]),
-        digit=digit,
-        out=out.data_ptr(),
-        num_threads=threads(),
+    keys.candidates(state).histogram(
+        prefix=int(state[reference.THRESHOLD]), digit=digit, out=out.data_ptr()
     )
     return out
 
@@ -114,14 +132,11 @@ def narrow(
 
 def mark(keys: Keys, state: Tensor, ties_before: Tensor | None) -> Tensor:
     """bool. ties_before: int64 [1] or None for 0: ties with the threshold in the parts before."""
-    out = torch.empty(keys.values.shape, dtype=torch.bool)
-    _extension.compiled().cov_mark(
-        values=keys.values.data_ptr(),
-        num_tokens=keys.values.numel(),
+    out = torch.zeros(keys.values.shape, dtype=torch.bool)
+    keys.candidates(state).mark(
         state=state.tolist(),
         ties_before=0 if ties_before is None else int(ties_before.item()),
         out=out.data_ptr(),
-        num_threads=threads(),
     )
     return out
 

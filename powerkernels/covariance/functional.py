@@ -64,7 +64,11 @@ def implementation(tokens: Tokens) -> ModuleType:
 
 def moments_of(parts: Sequence[Tokens], group: str) -> tuple[Tensor, Tensor]:
     """The moments of all parts on all ranks, and int64 []: the sequences on the ranks before."""
-    moments = _added([implementation(part).moments(part) for part in parts])
+    known = [
+        implementation(part).moments(part) if part.moments is None else part.moments
+        for part in parts
+    ]
+    moments = _added(known)
     before = torch.zeros((), dtype=torch.int64, device=moments.device)
     if group:
         size = moments.new_tensor([sum(part.num_sequences for part in parts)])
@@ -275,7 +279,8 @@ def select_cov(
 def without_clipped(tokens: Tokens, old_log_prob: Tensor, low: float, high: float) -> Tokens:
     old = layout(old_log_prob.detach(), tokens.cu_seqlens)
     module = reference if old.dtype == torch.float64 else implementation(tokens)
-    return tokens._replace(selectable=module.unclipped(tokens, old, low, high))
+    selectable, moments = module.unclipped(tokens, old, low, high)
+    return tokens._replace(selectable=selectable, moments=moments)
 
 
 def select_top_cov(

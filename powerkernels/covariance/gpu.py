@@ -71,8 +71,10 @@ def covariances(tokens: Tokens, moments: Tensor) -> Tensor:
     return out
 
 
-def unclipped(tokens: Tokens, old_log_prob: Tensor, low: float, high: float) -> Tensor:
-    """bool: selectable tokens whose loss PPO's clipping leaves alone; low, high bound the ratio."""
+def unclipped(
+    tokens: Tokens, old_log_prob: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor | None]:
+    """See the reference."""
     out = torch.empty_like(tokens.selectable)
     size = out.numel()
     if size:
@@ -93,7 +95,7 @@ def unclipped(tokens: Tokens, old_log_prob: Tensor, low: float, high: float) -> 
                 num_warps=WARPS,
                 **EXACT,
             )
-    return out
+    return out, None
 
 
 class Keys(NamedTuple):

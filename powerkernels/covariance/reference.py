@@ -100,14 +100,19 @@ def covariances(tokens: Tokens, moments: Tensor) -> Tensor:
     return torch.where(tokens.mask, cov, 0.0).float() + 0.0
 
 
-def unclipped(tokens: Tokens, old_log_prob: Tensor, low: float, high: float) -> Tensor:
-    """bool: selectable tokens whose loss PPO's clipping leaves alone; low, high bound the ratio."""
+def unclipped(
+    tokens: Tokens, old_log_prob: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor | None]:
+    """bool: selectable tokens whose loss PPO's clipping leaves alone; low, high bound the ratio.
+
+    And the moments, where they come with it.
+    """
     wide = torch.promote_types(tokens.log_prob.dtype, torch.float32)
     log_ratio = tokens.log_prob.to(wide) - old_log_prob.to(wide)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     advantages = tokens.advantages.to(wide)
     clipped = -advantages * ratio.clamp(low, high) > -advantages * ratio
-    return tokens.selectable & ~clipped
+    return tokens.selectable & ~clipped, None
 
 
 def sort_keys(tokens: Tokens, moments: Tensor, rule: Rule, seed: Tensor | None) -> Tensor:

@@ -32,6 +32,7 @@ class Tokens(NamedTuple):
     cu_seqlens: Tensor | None  # int64 [R + 1]
     first_sequence: Tensor  # int64 [1], the number of sequence 0
     sequence_index: Tensor | None  # int64 [R], numbers instead of first_sequence + r
+    moments: Tensor | None = None  # where they are known
 
     @property
     def num_sequences(self) -> int:

@@ -74,6 +74,11 @@ struct TokenKernels {
   // Each token's loss and its derivative; adds to the columns but count and covariance.
   void (*losses)(const TokenBlockOf& block, const LossObjective& objective, float* loss,
                  float* terms, double* columns);
+  // Places of the selectable tokens with lb < cov < ub, in order; returns how many.
+  int64_t (*in_band)(const float* cov, const uint8_t* selectable, int64_t n, float lb, float ub,
+                     int32_t* place);
+  // Selectable tokens whose covariance is not 0.
+  int64_t (*count_nonzero)(const float* cov, const uint8_t* selectable, int64_t n);
   // The first word of Philox4x32-10 for each counter (c0, c1, c2, c3).
   void (*philox)(const uint32_t* c0, const uint32_t* c1, const uint32_t* c2, uint32_t c3,
                  uint64_t seed, int64_t n, uint32_t* out);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "powerkernels/token_block.h"
 
@@ -44,19 +45,46 @@ struct SelectionState {
   int64_t threshold, remaining, chosen, num_nonzero;
 };
 
-void cov_moments(const TokenArrays& tokens, double* moments, int num_threads);
+// Selectable tokens whose loss PPO's clipping of the ratio to [low, high] leaves alone.
+struct UnclippedOutput {
+  float low, high;
+  uint8_t* mask;  // null: not wanted
+};
+
+void cov_moments(const TokenArrays& tokens, const UnclippedOutput& unclipped, double* moments,
+                 int num_threads);
 void cov_tokens(const TokenArrays& tokens, const double* moments, float* cov, int num_threads);
-void cov_unclipped(const TokenArrays& tokens, float low, float high, uint8_t* out, int num_threads);
 // The keys [num_tokens], and the counts [kNumBins + 1] of their first digit.
 void cov_keys(const SelectionKeys& keys, uint32_t* values, int64_t* counts, int num_threads);
-// counts of a later digit. prefix: of the keys to count, their bits above this digit's.
-void cov_histogram(const uint32_t* values, int64_t num_tokens, uint64_t prefix, int digit,
-                   int64_t* counts, int num_threads);
 // state: null before the first digit.
 SelectionState cov_narrow(const int64_t* counts, const double* moments, double ratio, int64_t k,
                           const SelectionState* state, int digit);
-void cov_mark(const uint32_t* values, int64_t num_tokens, const SelectionState& state,
-              int64_t ties_before, uint8_t* out, int num_threads);
+// The tokens whose keys begin with the threshold's first digit or a higher one: all that the stages
+// after it have to look at.
+class KeyCandidates {
+ public:
+  KeyCandidates(const uint32_t* values, int64_t num_tokens, uint32_t first_digit, int num_threads);
+
+  // counts [kNumBins + 1] of a later digit, among the keys whose bits above it are the prefix.
+  void histogram(uint32_t prefix, int digit, int64_t* counts) const;
+  // out: bytes, 0 before.
+  void mark(const SelectionState& state, int64_t ties_before, uint8_t* out) const;
+
+ private:
+  struct Candidate {
+    int64_t token;
+    uint32_t key;
+  };
+
+  template <typename Fn>
+  void for_each(const Fn& fn) const {
+    for (const auto& task : tasks_) {
+      for (const Candidate& candidate : task) fn(candidate);
+    }
+  }
+
+  std::vector<std::vector<Candidate>> tasks_;  // by token
+};
 
 constexpr int kNumDigits = 3;
 constexpr int kDigitShift[kNumDigits] = {21, 10, 0};
