@@ -3,9 +3,10 @@
 
 A small policy makes a few updates with each loss as verl's worker does: it looks up
 `policy_loss.loss_mode`, and calls what it finds with its `ActorConfig`. In a real run the same
-needs no code:
+needs no code, only the name of the module to import and that of the loss:
 
-    VERL_USE_EXTERNAL_MODULES=powerkernels.integrations.verl python -m verl.trainer.main_ppo \\
+    python -m verl.trainer.main_ppo \\
+        actor_rollout_ref.model.external_lib=powerkernels.integrations.verl \\
         actor_rollout_ref.actor.policy_loss.loss_mode=powerkernels_kl_cov ...
 
     python examples/verl_losses.py
