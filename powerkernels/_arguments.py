@@ -104,7 +104,8 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     if not -(2**63) <= value <= MAX_SEED:
         raise ValueError(f"seed must fit in 64 bits, got {value}")
     wrapped = value - 2**64 if value >= 2**63 else value
-    return torch.tensor([wrapped], dtype=torch.int64, device=device)
+    # Filled on the device: a copy from the host would wait for it, and cannot be captured.
+    return torch.full((1,), wrapped, dtype=torch.int64, device=device)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -71,7 +71,7 @@ def moments_of(parts: Sequence[Tokens], group: str) -> tuple[Tensor, Tensor]:
     moments = _added(known)
     before = torch.zeros((), dtype=torch.int64, device=moments.device)
     if group:
-        size = moments.new_tensor([sum(part.num_sequences for part in parts)])
+        size = moments.new_full((1,), sum(part.num_sequences for part in parts))
         ranks = _process_group.all_gather(torch.cat((moments, size)), group)
         moments = ranks[:, :-1].sum(0)
         before = ranks[: _process_group.group_named(group).rank(), -1].sum().long()

@@ -122,7 +122,7 @@ def sort_keys(tokens: Tokens, moments: Tensor, rule: Rule, seed: Tensor | None) 
         keys = ordered_bits(cov)
         return torch.where(tokens.selectable & ~cov.isnan(), keys, 0)
     # As float32, so that a bound is compared as a covariance of its value would be.
-    lb, ub = torch.tensor([rule.lb, rule.ub], dtype=torch.float32, device=cov.device)
+    lb, ub = torch.tensor([rule.lb, rule.ub], dtype=torch.float32).tolist()
     eligible = tokens.selectable & (cov > lb) & (cov < ub)
     assert seed is not None
     words = philox4x32(counters(tokens), seed)[..., 0]

@@ -57,7 +57,8 @@ def covariance_table(
     ordered = cov.sort(descending=True).values.double()
     # Masked-out tokens are at the end, and no share reaches them.
     sums = torch.where(ordered.isfinite(), ordered, 0.0).cumsum(0)
-    wanted = torch.tensor(list(shares), dtype=torch.float64, device=cov.device)
+    filled = found.covariance.new_empty(0)  # on the device, without a copy from the host
+    wanted = torch.cat([filled, *(filled.new_full((1,), share) for share in shares)])
     if cov.numel() == 0:
         nothing = torch.full_like(wanted, torch.nan)
         return CovarianceTable(wanted, nothing, nothing)

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from powerkernels import SelectionAccumulator, select_cov_band, select_top_cov, token_covariance
+from powerkernels import (
+    SelectionAccumulator,
+    covariance_table,
+    select_cov_band,
+    select_top_cov,
+    token_covariance,
+)
 from python_tests.covariance import expected
 from python_tests.covariance.expected import Batch, random_batch
 from python_tests.covariance.test_accumulator import check_packed, check_padded
@@ -164,6 +170,8 @@ class TestOnAGpu:
         torch.cuda.set_sync_debug_mode("error")
         try:
             self.work(batch, seed)
+            select_cov_band(*batch, k=9, seed=2**63 + 7, **BAND)
+            covariance_table(*batch)
             step = SelectionAccumulator.top(ratio=2e-3)
             for part in range(4):
                 step.add(*(value[16 * part : 16 * part + 16] for value in batch))

@@ -130,6 +130,7 @@ class TestOnAGpu:
         torch.cuda.set_sync_debug_mode("error")
         try:
             self.work(batch, seed)
+            clip_cov_loss(*batch, seed=5, covariance_metrics=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
