@@ -304,9 +304,10 @@ PYBIND11_MODULE(_C, m) {
          uintptr_t moments, int kind, bool clip, double low, double high, double dual_clip,
          int on_selected, double penalty, bool straight_through, uintptr_t row_loss,
          uintptr_t row_count, uintptr_t sums, uintptr_t terms, int num_threads) {
+        TokenArrays tokens = token_arrays(rows, log_prob, advantages, mask);
+        tokens.old_log_prob = floats(old_log_prob);
         policy_loss_sums(
-            {token_rows(rows), floats(log_prob), floats(old_log_prob), floats(advantages),
-             floats(weights), pointer<const uint8_t>(mask), pointer<const uint8_t>(selected),
+            {tokens, floats(weights), pointer<const uint8_t>(selected),
              pointer<const double>(moments)},
             {static_cast<LossKind>(kind), clip, static_cast<float>(low), static_cast<float>(high),
              static_cast<float>(dual_clip), static_cast<OnSelected>(on_selected),

@@ -11,21 +11,6 @@ namespace {
 
 constexpr uint32_t kStream = 0x436F7631u;  // the last word of a token's counter
 
-struct TokenBlockReader {
-  const TokenKernels& kernels = PK_SIMD_PICK(token_kernels)();
-  BlockFloats log_prob, old_log_prob, advantages;
-
-  TokenBlockOf at(const TokenArrays& tokens, int64_t first, int64_t n) {
-    return {n,
-            log_prob.at(kernels, tokens.log_prob, first, n),
-            old_log_prob.at(kernels, tokens.old_log_prob, first, n),
-            advantages.at(kernels, tokens.advantages, first, n),
-            nullptr,
-            tokens.mask + first,
-            nullptr};
-  }
-};
-
 // Random keys of the eligible tokens of a task, which come in order.
 class RandomKeys {
  public:
@@ -132,7 +117,7 @@ class KeyMaker {
  private:
   const SelectionKeys& keys_;
   CovMeans means_;
-  TokenBlockReader reader_;
+  BlockReader reader_;
   RandomKeys random_;
   int32_t place_[kTokenBlock];
   alignas(64) float cov_[kTokenBlock];
@@ -154,7 +139,7 @@ void cov_moments(const TokenArrays& tokens, const UnclippedOutput& unclipped, do
   std::vector<double> sums(static_cast<size_t>(num_tasks * kNumMoments), 0.0);
   for_token_tasks(
       tokens.rows.num_tokens, num_threads, [&](int64_t task, int64_t first, int64_t last) {
-        TokenBlockReader reader;
+        BlockReader reader;
         for_blocks(first, last, [&](int64_t begin, int64_t n) {
           TokenBlockOf block = reader.at(tokens, begin, n);
           reader.kernels.add_moments(block, &sums[task * kNumMoments]);
@@ -172,7 +157,7 @@ void cov_moments(const TokenArrays& tokens, const UnclippedOutput& unclipped, do
 void cov_tokens(const TokenArrays& tokens, const double* moments, float* cov, int num_threads) {
   const CovMeans means = cov_means(moments);
   for_token_tasks(tokens.rows.num_tokens, num_threads, [&](int64_t, int64_t first, int64_t last) {
-    TokenBlockReader reader;
+    BlockReader reader;
     for_blocks(first, last, [&](int64_t begin, int64_t n) {
       reader.kernels.covariances(reader.at(tokens, begin, n), means, cov + begin);
     });

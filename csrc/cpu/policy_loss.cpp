@@ -13,21 +13,6 @@ struct RowPart {
   double count;
 };
 
-struct BlockReader {
-  const TokenKernels& kernels = PK_SIMD_PICK(token_kernels)();
-  BlockFloats log_prob, old_log_prob, advantages, weights;
-
-  TokenBlockOf at(const LossInputs& inputs, int64_t first, int64_t n) {
-    return {n,
-            log_prob.at(kernels, inputs.log_prob, first, n),
-            old_log_prob.at(kernels, inputs.old_log_prob, first, n),
-            advantages.at(kernels, inputs.advantages, first, n),
-            weights.at(kernels, inputs.weights, first, n),
-            inputs.mask + first,
-            inputs.selected == nullptr ? nullptr : inputs.selected + first};
-  }
-};
-
 // Adds up stretches of tokens by sequence. Tokens come in order; a sequence that is not all in this
 // task goes to `parts`.
 class RowSums {
@@ -77,7 +62,7 @@ class RowSums {
 
 void policy_loss_sums(const LossInputs& inputs, const LossObjective& objective,
                       const LossOutputs& outputs, int num_threads) {
-  const TokenRows& rows = inputs.rows;
+  const TokenRows& rows = inputs.tokens.rows;
   std::fill_n(outputs.row_loss, rows.num_rows, 0.0);
   std::fill_n(outputs.row_count, rows.num_rows, 0.0);
   std::fill_n(outputs.sums, static_cast<int>(kNumLossColumns), 0.0);

@@ -4,6 +4,7 @@
 // or in a fixed order: the same bits.
 #include "powerkernels/token_block.h"
 
+#include "powerkernels/philox.h"  // its numbers only: no function of it may be compiled here
 #include "powerkernels/simd.h"
 
 namespace powerkernels {
@@ -169,14 +170,15 @@ void philox(const uint32_t* c0, const uint32_t* c1, const uint32_t* c2, uint32_t
     U8 c = __builtin_convertvector(load_some<W8>(c2 + i, n), U8);
     U8 d = U8{} + c3;
     uint64_t key0 = seed & kWord, key1 = seed >> 32;
-    for (int round = 0; round < 10; ++round) {
-      const U8 product0 = a * uint64_t{0xD2511F53u}, product1 = c * uint64_t{0xCD9E8D57u};
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const U8 product0 = a * uint64_t{kPhiloxMultiplier0},
+               product1 = c * uint64_t{kPhiloxMultiplier1};
       a = (product1 >> 32) ^ b ^ key0;
       c = (product0 >> 32) ^ d ^ key1;
       b = product1 & kWord;
       d = product0 & kWord;
-      key0 = (key0 + 0x9E3779B9u) & kWord;
-      key1 = (key1 + 0xBB67AE85u) & kWord;
+      key0 = (key0 + kPhiloxWeyl0) & kWord;
+      key1 = (key1 + kPhiloxWeyl1) & kWord;
     }
     const W8 words = __builtin_convertvector(a, W8);
     __builtin_memcpy(out + i, &words, static_cast<size_t>(n) * sizeof(uint32_t));

@@ -223,7 +223,10 @@ def _width(tokens: Tokens) -> int:
 
 
 def _advantages(tokens: Tokens) -> tuple[Tensor, bool]:
+    return advantages_at(tokens.advantages, tokens.cu_seqlens)
+
+
+def advantages_at(advantages: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, bool]:
     """The tensor to point at, and whether it holds one a sequence."""
-    advantages = tokens.advantages
-    per_sequence = tokens.cu_seqlens is None and advantages.stride() == (1, 0)
+    per_sequence = cu_seqlens is None and advantages.stride() == (1, 0)
     return (advantages if per_sequence else advantages.contiguous()), per_sequence

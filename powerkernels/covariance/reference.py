@@ -93,11 +93,18 @@ def means(moments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def covariances(tokens: Tokens, moments: Tensor) -> Tensor:
+    """float32, shaped as the tokens."""
+    return masked_covariances(tokens.log_prob, tokens.advantages, tokens.mask, moments)
+
+
+def masked_covariances(
+    log_prob: Tensor, advantages: Tensor, mask: Tensor, moments: Tensor
+) -> Tensor:
     """(log_prob - mean) * (advantage - mean) in float64, rounded to float32; 0 where masked out."""
     mean_log_prob, mean_advantage = means(moments)
-    cov = (tokens.log_prob.double() - mean_log_prob) * (tokens.advantages.double() - mean_advantage)
+    cov = (log_prob.double() - mean_log_prob) * (advantages.double() - mean_advantage)
     # The sum makes a zero of -0.
-    return torch.where(tokens.mask, cov, 0.0).float() + 0.0
+    return torch.where(mask, cov, 0.0).float() + 0.0
 
 
 def unclipped(
@@ -115,9 +122,8 @@ def unclipped(
     return tokens.selectable & ~clipped, None
 
 
-def sort_keys(tokens: Tokens, moments: Tensor, rule: Rule, seed: Tensor | None) -> Tensor:
+def sort_keys(tokens: Tokens, cov: Tensor, rule: Rule, seed: Tensor | None) -> Tensor:
     """int64, shaped as the tokens: in [1, 2^32), or 0 for a token that cannot be selected."""
-    cov = covariances(tokens, moments)
     if not rule.band:
         keys = ordered_bits(cov)
         return torch.where(tokens.selectable & ~cov.isnan(), keys, 0)
@@ -158,14 +164,15 @@ def counters(tokens: Tokens) -> Tensor:
 class Keys(NamedTuple):
     """What the stages after the moments work on."""
 
-    tokens: Tokens
-    moments: Tensor  # of all parts
-    rule: Rule
     values: Tensor  # of `sort_keys`
+    num_nonzero: Tensor  # int64 [], selectable tokens whose covariance is not 0
 
 
 def keys_of(tokens: Tokens, moments: Tensor, rule: Rule, seed: Tensor | None) -> Keys:
-    return Keys(tokens, moments, rule, sort_keys(tokens, moments, rule, seed))
+    """moments: of all parts."""
+    cov = covariances(tokens, moments)
+    num_nonzero = (tokens.selectable & (cov != 0)).sum()
+    return Keys(sort_keys(tokens, cov, rule, seed), num_nonzero)
 
 
 def histogram(keys: Keys, state: Tensor | None, digit: int) -> Tensor:
@@ -177,8 +184,7 @@ def histogram(keys: Keys, state: Tensor | None, digit: int) -> Tensor:
     out = torch.zeros(NUM_BINS + 1, dtype=torch.int64, device=bins.device)
     out.index_add_(0, bins, counted.flatten().long())
     if digit == 0:
-        cov = covariances(keys.tokens, keys.moments)
-        out[NONZERO] = (keys.tokens.selectable & (cov != 0)).sum()
+        out[NONZERO] = keys.num_nonzero
     return out
 
 

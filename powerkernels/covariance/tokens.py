@@ -36,9 +36,12 @@ class Tokens(NamedTuple):
 
     @property
     def num_sequences(self) -> int:
-        if self.cu_seqlens is None:
-            return self.log_prob.shape[0]
-        return self.cu_seqlens.shape[0] - 1
+        return sequences_of(self.log_prob, self.cu_seqlens)
+
+
+def sequences_of(log_prob: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many there are in a layout."""
+    return log_prob.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def check_tokens(

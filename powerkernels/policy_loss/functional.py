@@ -36,13 +36,14 @@ from powerkernels.covariance.tokens import (
     check_tokens,
     layout,
     per_token,
+    sequences_of,
     tokens_of,
 )
 from powerkernels.policy_loss import cpp, reference
 from powerkernels.policy_loss import objective as objectives
 from powerkernels.policy_loss.advice import check_advantage_scale
 from powerkernels.policy_loss.aggregate import Aggregation
-from powerkernels.policy_loss.objective import Objective, TokenInputs
+from powerkernels.policy_loss.objective import Objective, TokenInputs, result_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -66,8 +67,7 @@ class PolicyLoss(NamedTuple):
 
 def implementation(inputs: TokenInputs) -> ModuleType:
     """The module that computes these losses."""
-    values = (inputs.log_prob, inputs.old_log_prob, inputs.advantages, inputs.weights)
-    if any(value is not None and value.dtype == torch.float64 for value in values):
+    if inputs.dtype == torch.float64:
         return reference
     backend = _extension.backend_for(inputs.log_prob.device)
     if backend == "cpp":
@@ -130,7 +130,7 @@ def _(
     cu_seqlens: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = log_prob.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = sequences_of(log_prob, cu_seqlens)
 
     def doubles(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float64, device=log_prob.device)
@@ -159,11 +159,6 @@ def _loss_sums_backward(ctx: Any, grad_rows: Tensor | None, *_: None) -> tuple[T
 
 
 _loss_sums.register_autograd(_loss_sums_backward, setup_context=_loss_sums_setup)
-
-
-def result_dtype(*values: Tensor | None) -> torch.dtype:
-    has_double = any(value is not None and value.dtype == torch.float64 for value in values)
-    return torch.float64 if has_double else torch.float32
 
 
 class _Call(NamedTuple):
@@ -200,6 +195,26 @@ class _Call(NamedTuple):
         loss = self.aggregation(row_loss, row_count, horizon)
         dtype = result_dtype(self.log_prob, self.old_log_prob, self.advantages, self.weights)
         return loss.to(dtype), sums.detach()
+
+    def policy_loss(
+        self,
+        objective: Objective,
+        columns: dict[str, int],
+        selected: Tensor | None,
+        moments: Tensor | None,
+        state: Tensor | None,
+        covariance_metrics: bool,
+    ) -> PolicyLoss:
+        """columns: of which sums the means are metrics, by the metrics' names."""
+        loss, sums = self.loss(objective, selected, moments)
+        means = sums / sums[objectives.COUNT].clamp(min=1)
+        metrics = {f"actor/{name}": means[column] for name, column in columns.items()}
+        metrics |= _common_metrics(sums, means)
+        if selected is not None:
+            metrics |= _selection_metrics(sums, means, moments, state)
+        if covariance_metrics:
+            metrics |= _covariance_metrics(self, means)
+        return PolicyLoss(loss, metrics)
 
 
 def _checked(
@@ -301,18 +316,13 @@ def ppo_clip_loss(
     moments = _moments(log_prob, advantages, response_mask, cu_seqlens, covariance_metrics)
     dual_clip = math.inf if clip_ratio_c is None else float(clip_ratio_c)
     objective = Objective(clip=True, low=low, high=high, dual_clip=dual_clip)
-    loss, sums = call.loss(objective, moments=moments)
-    means = _means(sums)
-    metrics = {
-        "actor/pg_clipfrac": means[objectives.CLIPPED],
-        "actor/ppo_kl": means[objectives.NEG_LOG_RATIO],
-        "actor/pg_clipfrac_lower": means[objectives.DUAL_CLIPPED],
-        "actor/ppo_clipfrac": means[objectives.CLIPPED],
-        **_common_metrics(sums, means),
+    columns = {
+        "pg_clipfrac": objectives.CLIPPED,
+        "ppo_kl": objectives.NEG_LOG_RATIO,
+        "pg_clipfrac_lower": objectives.DUAL_CLIPPED,
+        "ppo_clipfrac": objectives.CLIPPED,
     }
-    if covariance_metrics:
-        metrics |= _covariance_metrics(call, means)
-    return PolicyLoss(loss, metrics)
+    return call.policy_loss(objective, columns, None, moments, None, covariance_metrics)
 
 
 def clip_cov_loss(
@@ -390,8 +400,8 @@ def clip_cov_loss(
     check_like("selected", selected, log_prob, MASK_DTYPES)
     if selected is None and seed is None:
         raise ValueError("clip_cov_loss needs a seed, another one each step, or selected")
+    moments: Tensor | None
     state = None
-    moments = None
     if selected is None:
         check_advantage_scale(advantages, response_mask)
         selected, moments, state = select_cov(
@@ -410,18 +420,12 @@ def clip_cov_loss(
         selected = as_bool(selected, log_prob)
         moments = _moments(log_prob, advantages, response_mask, cu_seqlens, covariance_metrics)
     objective = Objective(clip=True, low=low, high=high, selected=objectives.DROP)
-    loss, sums = call.loss(objective, selected, moments)
-    means = _means(sums)
-    metrics = {
-        "actor/pg_clipfrac": means[objectives.SELECTED],
-        "actor/ppo_kl": means[objectives.NEG_LOG_RATIO],
-        "actor/ppo_clipfrac": means[objectives.CLIPPED],
-        **_common_metrics(sums, means),
-        **_selection_metrics(sums, means, moments, state),
+    columns = {
+        "pg_clipfrac": objectives.SELECTED,
+        "ppo_kl": objectives.NEG_LOG_RATIO,
+        "ppo_clipfrac": objectives.CLIPPED,
     }
-    if covariance_metrics:
-        metrics |= _covariance_metrics(call, means)
-    return PolicyLoss(loss, metrics)
+    return call.policy_loss(objective, columns, selected, moments, state, covariance_metrics)
 
 
 def kl_cov_loss(
@@ -481,8 +485,8 @@ def kl_cov_loss(
     ratio, _ = check_number_of_tokens(kl_cov_ratio, None, "kl_cov_ratio")
     check_number("ppo_kl_coef", ppo_kl_coef, low=0)
     check_like("selected", selected, log_prob, MASK_DTYPES)
+    moments: Tensor | None
     state = None
-    moments = None
     if selected is None:
         check_advantage_scale(advantages, response_mask)
         selected, moments, state = select_cov(
@@ -497,16 +501,8 @@ def kl_cov_loss(
         selected = as_bool(selected, log_prob)
         moments = _moments(log_prob, advantages, response_mask, cu_seqlens, covariance_metrics)
     objective = Objective(selected=objectives.PENALISE, penalty=float(ppo_kl_coef))
-    loss, sums = call.loss(objective, selected, moments)
-    means = _means(sums)
-    metrics = {
-        "actor/ppo_kl": means[objectives.ABS_LOG_RATIO],
-        **_common_metrics(sums, means),
-        **_selection_metrics(sums, means, moments, state),
-    }
-    if covariance_metrics:
-        metrics |= _covariance_metrics(call, means)
-    return PolicyLoss(loss, metrics)
+    columns = {"ppo_kl": objectives.ABS_LOG_RATIO}
+    return call.policy_loss(objective, columns, selected, moments, state, covariance_metrics)
 
 
 def entropy_bonus(
@@ -632,10 +628,6 @@ def reference_kl_loss(
         "actor/nonfinite_tokens": sums[objectives.NONFINITE],
     }
     return PolicyLoss(coef * divergence, metrics)
-
-
-def _means(sums: Tensor) -> Tensor:
-    return sums / sums[objectives.COUNT].clamp(min=1)
 
 
 def _common_metrics(sums: Tensor, means: Tensor) -> dict[str, Tensor]:

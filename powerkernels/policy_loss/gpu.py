@@ -6,6 +6,7 @@ import torch
 import triton
 
 from powerkernels._triton import EXACT, device_of
+from powerkernels.covariance.gpu import advantages_at
 from powerkernels.policy_loss import kernels
 from powerkernels.policy_loss import objective as objectives
 from powerkernels.policy_loss.objective import LossSums, Objective, TokenInputs
@@ -25,12 +26,9 @@ def loss_sums(inputs: TokenInputs, objective: Objective) -> LossSums:
     shape = (rows, splits, kernels.NUM_COLUMNS.value)
     partials = torch.zeros(shape, dtype=torch.float64, device=device)
     terms = torch.empty(inputs.log_prob.shape, dtype=torch.float32, device=device)
-    advantages = inputs.advantages
-    per_sequence = (
-        advantages is not None and inputs.cu_seqlens is None and advantages.stride() == (1, 0)
-    )
-    if advantages is not None and not per_sequence:
-        advantages = advantages.contiguous()
+    advantages, per_sequence = inputs.advantages, False
+    if advantages is not None:
+        advantages, per_sequence = advantages_at(advantages, inputs.cu_seqlens)
     selected = None if inputs.selected is None else inputs.selected.view(torch.int8)
     if size:
         with device_of(terms):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from powerkernels.covariance.tokens import sequences_of
 
 # Kinds of a token's loss. All but VALUE compare log_prob with a second one.
 POLICY, K1, ABS, K2, K3, VALUE = range(6)
@@ -24,6 +27,12 @@ KEEP, DROP, PENALISE = range(3)
     COVARIANCE,  # of `moments`; 0 without
     NUM_SUMS,
 ) = range(10)
+
+
+def result_dtype(*values: Tensor | None) -> torch.dtype:
+    """float64 where one of the values is, else float32."""
+    has_double = any(value is not None and value.dtype == torch.float64 for value in values)
+    return torch.float64 if has_double else torch.float32
 
 
 class Objective(NamedTuple):
@@ -51,9 +60,12 @@ class TokenInputs(NamedTuple):
 
     @property
     def num_sequences(self) -> int:
-        if self.cu_seqlens is None:
-            return self.log_prob.shape[0]
-        return self.cu_seqlens.shape[0] - 1
+        return sequences_of(self.log_prob, self.cu_seqlens)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the losses."""
+        return result_dtype(self.log_prob, self.old_log_prob, self.advantages, self.weights)
 
 
 class LossSums(NamedTuple):

@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from powerkernels.covariance.reference import MAX_LOG_RATIO, covariances
-from powerkernels.covariance.tokens import Tokens
+from powerkernels.covariance.reference import MAX_LOG_RATIO, masked_covariances
 from powerkernels.policy_loss import objective as objectives
 from powerkernels.policy_loss.objective import LossSums, Objective, TokenInputs
 
@@ -21,7 +20,7 @@ MAX_K3 = 10.0
 
 
 def loss_sums(inputs: TokenInputs, objective: Objective) -> LossSums:
-    wide = _wide(inputs)
+    wide = inputs.dtype
     log_prob = inputs.log_prob.to(wide)
     old = log_prob if inputs.old_log_prob is None else inputs.old_log_prob.to(wide)
     zero = torch.zeros((), dtype=wide, device=log_prob.device)
@@ -61,6 +60,10 @@ def loss_sums(inputs: TokenInputs, objective: Objective) -> LossSums:
             terms = difference
     loss, terms = loss * weights, terms * weights
 
+    cov = torch.zeros_like(log_prob)
+    if inputs.moments is not None:
+        assert inputs.advantages is not None
+        cov = masked_covariances(inputs.log_prob, inputs.advantages, mask, inputs.moments)
     finite = log_prob.isfinite() & old.isfinite() & advantages.isfinite() & weights.isfinite()
     columns = [
         torch.ones_like(log_prob),
@@ -71,7 +74,7 @@ def loss_sums(inputs: TokenInputs, objective: Objective) -> LossSums:
         dual_clipped,
         selected,
         ~finite,
-        torch.zeros_like(log_prob) if inputs.moments is None else _covariances(inputs),
+        cov,
     ]
     sums = [torch.where(mask, column.double(), 0.0).sum() for column in columns]
     row_loss = row_sums(torch.where(mask, loss.double(), 0.0), inputs.cu_seqlens)
@@ -104,28 +107,3 @@ def _divergence(kind: int, difference: Tensor) -> tuple[Tensor, Tensor]:
     # `>` and not `<=`: a NaN stays one.
     constant = (difference.abs() > MAX_LOG_RATIO) | (k3 > MAX_K3)
     return k3.clamp(-MAX_K3, MAX_K3), torch.where(constant, 0.0, 1 - ratio)
-
-
-def _covariances(inputs: TokenInputs) -> Tensor:
-    assert inputs.advantages is not None
-    assert inputs.moments is not None
-    first = torch.zeros(1, dtype=torch.int64, device=inputs.log_prob.device)
-    return covariances(
-        Tokens(
-            inputs.log_prob,
-            inputs.advantages,
-            inputs.mask,
-            inputs.mask,
-            inputs.cu_seqlens,
-            first,
-            None,
-        ),
-        inputs.moments,
-    )
-
-
-def _wide(inputs: TokenInputs) -> torch.dtype:
-    """float64 where an input is, else float32."""
-    values = (inputs.log_prob, inputs.old_log_prob, inputs.advantages, inputs.weights)
-    has_double = any(value is not None and value.dtype == torch.float64 for value in values)
-    return torch.float64 if has_double else torch.float32

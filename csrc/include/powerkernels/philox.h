@@ -5,29 +5,30 @@
 
 namespace powerkernels {
 
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+
 struct PhiloxWords {
   uint32_t v[4];
 };
 
 // counter = (index, position, step, chain); the low word of the seed is the first key word.
 inline PhiloxWords philox4x32(PhiloxWords counter, uint64_t seed) {
-  constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
-  constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
-  constexpr int kRounds = 10;
   uint32_t key0 = static_cast<uint32_t>(seed);
   uint32_t key1 = static_cast<uint32_t>(seed >> 32);
   uint32_t* c = counter.v;
-  for (int round = 0; round < kRounds; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(kMultiplier0) * c[0];
-    const uint64_t product1 = static_cast<uint64_t>(kMultiplier1) * c[2];
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t product0 = static_cast<uint64_t>(kPhiloxMultiplier0) * c[0];
+    const uint64_t product1 = static_cast<uint64_t>(kPhiloxMultiplier1) * c[2];
     const uint32_t c0 = static_cast<uint32_t>(product1 >> 32) ^ c[1] ^ key0;
     const uint32_t c2 = static_cast<uint32_t>(product0 >> 32) ^ c[3] ^ key1;
     c[1] = static_cast<uint32_t>(product1);
     c[3] = static_cast<uint32_t>(product0);
     c[0] = c0;
     c[2] = c2;
-    key0 += kWeyl0;
-    key1 += kWeyl1;
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
   }
   return counter;
 }

@@ -92,9 +92,8 @@ constexpr int kDigitBits[kNumDigits] = {11, 11, 10};
 constexpr int kNumBins = 2048;
 
 struct LossInputs {
-  TokenRows rows;
-  FloatArray log_prob, old_log_prob, advantages, weights;
-  const uint8_t* mask;
+  TokenArrays tokens;
+  FloatArray weights;
   const uint8_t* selected;
   const double* moments;
 };

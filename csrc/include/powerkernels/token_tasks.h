@@ -44,6 +44,31 @@ class BlockFloats {
   alignas(64) float values_[kTokenBlock];
 };
 
+// Blocks of the arrays of a batch, for one task. What is null stays null.
+class BlockReader {
+ public:
+  const TokenKernels& kernels = PK_SIMD_PICK(token_kernels)();
+
+  TokenBlockOf at(const TokenArrays& tokens, int64_t first, int64_t n) {
+    return {n,
+            log_prob_.at(kernels, tokens.log_prob, first, n),
+            old_log_prob_.at(kernels, tokens.old_log_prob, first, n),
+            advantages_.at(kernels, tokens.advantages, first, n),
+            nullptr,
+            tokens.mask + first,
+            nullptr};
+  }
+  TokenBlockOf at(const LossInputs& inputs, int64_t first, int64_t n) {
+    TokenBlockOf block = at(inputs.tokens, first, n);
+    block.weights = weights_.at(kernels, inputs.weights, first, n);
+    block.selected = inputs.selected == nullptr ? nullptr : inputs.selected + first;
+    return block;
+  }
+
+ private:
+  BlockFloats log_prob_, old_log_prob_, advantages_, weights_;
+};
+
 // The sequence of a token.
 inline int64_t row_of(const TokenRows& rows, int64_t token) {
   if (rows.bounds == nullptr) return token / rows.width;
