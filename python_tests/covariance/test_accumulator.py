@@ -112,6 +112,29 @@ def test_micro_batches_are_as_the_truth(backend, generator):
         assert torch.equal(torch.cat(step.masks()), wanted)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_selection_for_each_micro_batch_is_a_wrong_one(backend, rule, generator):
+    """Around means of its own, and a share of at least one token: what trainers do without this."""
+    batch = whole(rule, 12, generator)
+    parts = [Batch(*part) for part in zip(*(value.tensor_split(8) for value in batch), strict=True)]
+    step = accumulator(rule)
+    for part in parts:
+        step.add(*part)
+    wanted = one_call(rule, batch)
+    assert torch.equal(torch.cat(step.masks()), wanted)
+    assert not torch.equal(torch.cat([one_call(rule, part) for part in parts]), wanted)
+
+
+def test_one_token_of_8192_is_one_in_eight_micro_batches_too(backend, generator):
+    batch = random_batch((64, 128), generator)._replace(mask=torch.ones(64, 128, dtype=torch.bool))
+    parts = [Batch(*part) for part in zip(*(value.tensor_split(8) for value in batch), strict=True)]
+    step = SelectionAccumulator.top(ratio=2e-4)
+    for part in parts:
+        step.add(*part)
+    assert sum(mask.sum() for mask in step.masks()) == 1
+    assert sum(select_top_cov(*part, ratio=2e-4).sum() for part in parts) == 8
+
+
 @pytest.mark.parametrize("rule", ["top", "band"])
 @pytest.mark.parametrize("old_dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_what_ppo_clips_is_left_out(backend, rule, old_dtype, generator):
