@@ -3,18 +3,24 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "powerkernels/decode_attention.h"
+#include "powerkernels/lane_moves.h"
+#include "powerkernels/lane_transition.h"
 #include "powerkernels/ops.h"
 #include "powerkernels/parallel.h"
 #include "powerkernels/simd_level.h"
 #include "powerkernels/token_ops.h"
 #if defined(POWERKERNELS_CUDA)
 #include "powerkernels/device_info.h"
+#endif
+#if defined(POWERKERNELS_GRAPH_LOOP)
+#include "powerkernels/graph_loop.h"
 #endif
 
 namespace py = pybind11;
@@ -184,21 +190,36 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "sample_tokens",
       [](uintptr_t logits, int dtype, int64_t num_rows, int64_t vocab, int64_t row_stride,
-         uint64_t seed, uintptr_t counters, uintptr_t banned, double alpha, double temperature,
-         bool entropy, uintptr_t token, uintptr_t log_prob, uintptr_t log_z, uintptr_t entropy_out,
-         int num_threads) {
+         double alpha, double temperature, int64_t top_k, double top_p, double min_p, uint64_t seed,
+         uintptr_t counters, uintptr_t banned, bool entropy, uintptr_t token, uintptr_t log_prob,
+         uintptr_t log_z, uintptr_t entropy_out, int num_threads) {
         sample_tokens({pointer<const void>(logits), num_rows, vocab, {num_rows, 0, row_stride}},
                       seed, pointer<const int64_t>(counters), pointer<const int64_t>(banned),
                       {static_cast<DType>(dtype), alpha, temperature, /*softcap=*/0.0, entropy},
-                      pointer<int64_t>(token),
+                      {top_k, top_p, min_p}, pointer<int64_t>(token),
                       {pointer<void>(log_prob), pointer<void>(log_z), pointer<void>(entropy_out),
                        nullptr, nullptr},
                       num_threads);
       },
       py::arg("logits"), py::arg("dtype"), py::arg("num_rows"), py::arg("vocab"),
-      py::arg("row_stride"), py::arg("seed"), py::arg("counters"), py::arg("banned"),
-      py::arg("alpha"), py::arg("temperature"), py::arg("entropy"), py::arg("token"),
-      py::arg("log_prob"), py::arg("log_z"), py::arg("entropy_out"), py::arg("num_threads"),
+      py::arg("row_stride"), py::arg("alpha"), py::arg("temperature"), py::arg("top_k"),
+      py::arg("top_p"), py::arg("min_p"), py::arg("seed"), py::arg("counters"), py::arg("banned"),
+      py::arg("entropy"), py::arg("token"), py::arg("log_prob"), py::arg("log_z"),
+      py::arg("entropy_out"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "support_threshold",
+      [](uintptr_t logits, int dtype, int64_t num_rows, int64_t vocab, int64_t row_stride,
+         double alpha, double temperature, int64_t top_k, double top_p, double min_p, uintptr_t out,
+         int num_threads) {
+        support_thresholds(
+            {pointer<const void>(logits), num_rows, vocab, {num_rows, 0, row_stride}},
+            {static_cast<DType>(dtype), alpha, temperature, /*softcap=*/0.0, /*entropy=*/false},
+            {top_k, top_p, min_p}, pointer<double>(out), num_threads);
+      },
+      py::arg("logits"), py::arg("dtype"), py::arg("num_rows"), py::arg("vocab"),
+      py::arg("row_stride"), py::arg("alpha"), py::arg("temperature"), py::arg("top_k"),
+      py::arg("top_p"), py::arg("min_p"), py::arg("out"), py::arg("num_threads"),
       py::call_guard<py::gil_scoped_release>());
 
   m.def(
@@ -324,6 +345,73 @@ PYBIND11_MODULE(_C, m) {
       py::call_guard<py::gil_scoped_release>());
 
   m.def(
+      "move_positions",
+      [](uintptr_t table, int64_t num_tensors, int64_t num_positions, uintptr_t moves,
+         uintptr_t offset, int64_t num_lanes, int num_threads) {
+        move_positions(pointer<const LaneCache>(table), num_tensors, num_positions,
+                       pointer<const LaneMove>(moves), pointer<const int64_t>(offset), num_lanes,
+                       num_threads);
+      },
+      py::arg("table"), py::arg("num_tensors"), py::arg("num_positions"), py::arg("moves"),
+      py::arg("offset"), py::arg("num_lanes"), py::arg("num_threads"),
+      py::call_guard<py::gil_scoped_release>());
+
+  struct LaneTransition {
+    LaneArrays arrays;
+    TransitionRules rules;
+  };
+  py::class_<LaneTransition>(m, "LaneTransition")
+      .def(py::init([](const std::map<std::string, uintptr_t>& addresses, int64_t num_lanes,
+                       int64_t max_length, int64_t num_items, int64_t num_eos, double alpha,
+                       double proposal_power, int64_t num_mcmc_steps, int64_t block_size,
+                       bool early_rejection, bool shared_prefix_skip, bool length_term,
+                       bool growth_cap, bool truncated_sum, bool stop_at_eos) {
+             const auto at = [&](const char* name) { return addresses.at(name); };
+             return LaneTransition{
+                 {pointer<Lane>(at("lanes")),
+                  pointer<Slot>(at("slots")),
+                  pointer<const int64_t>(at("offset")),
+                  pointer<double>(at("log_u")),
+                  pointer<int64_t>(at("tokens")),
+                  pointer<TokenRecord>(at("scores")),
+                  pointer<double>(at("w_sum")),
+                  pointer<TraceRow>(at("trace")),
+                  pointer<int64_t>(at("fed")),
+                  pointer<int64_t>(at("position")),
+                  pointer<int64_t>(at("counters")),
+                  pointer<int64_t>(at("ban")),
+                  pointer<LaneMove>(at("moves")),
+                  pointer<LaneTotals>(at("totals")),
+                  pointer<int32_t>(at("go")),
+                  pointer<const int64_t>(at("block_limits")),
+                  pointer<const double>(at("log_int")),
+                  pointer<const int64_t>(at("eos")),
+                  pointer<const uint64_t>(at("seed")),
+                  num_lanes,
+                  max_length,
+                  num_items,
+                  num_eos},
+                 {alpha, proposal_power, num_mcmc_steps, block_size, early_rejection,
+                  shared_prefix_skip, length_term, growth_cap, truncated_sum, stop_at_eos}};
+           }),
+           py::kw_only(), py::arg("addresses"), py::arg("num_lanes"), py::arg("max_length"),
+           py::arg("num_items"), py::arg("num_eos"), py::arg("alpha"), py::arg("proposal_power"),
+           py::arg("num_mcmc_steps"), py::arg("block_size"), py::arg("early_rejection"),
+           py::arg("shared_prefix_skip"), py::arg("length_term"), py::arg("growth_cap"),
+           py::arg("truncated_sum"), py::arg("stop_at_eos"))
+      .def(
+          "__call__",
+          [](const LaneTransition& self, uintptr_t token, uintptr_t log_prob, uintptr_t log_z,
+             uintptr_t entropy, int num_threads) {
+            lane_transition(self.arrays, self.rules,
+                            {pointer<const int64_t>(token), pointer<const double>(log_prob),
+                             pointer<const double>(log_z), pointer<const double>(entropy)},
+                            num_threads);
+          },
+          py::arg("token"), py::arg("log_prob"), py::arg("log_z"), py::arg("entropy"),
+          py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
       "decode_attention",
       [](uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t lengths, uintptr_t sinks,
          uintptr_t output, int dtype, int64_t lanes, int64_t kv_heads, int64_t group,
@@ -351,4 +439,21 @@ PYBIND11_MODULE(_C, m) {
       py::arg("head_size"), py::arg("value_size"), py::arg("query_strides"), py::arg("key_strides"),
       py::arg("value_strides"), py::arg("scale"), py::arg("softcap"), py::arg("window"),
       py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+#if defined(POWERKERNELS_GRAPH_LOOP)
+  m.def("why_no_graph_loop", &why_no_graph_loop,
+        "Why this machine cannot run a GraphLoop, in a line; empty if it can.");
+  m.def("graph_node_kinds", &graph_node_kinds, py::arg("graph"),
+        "dict: how many nodes of each kind a cudaGraph_t holds");
+
+  py::class_<GraphLoop>(m, "GraphLoop")
+      .def(py::init<uintptr_t, uintptr_t, int>(), py::arg("tick_graph"), py::arg("flag"),
+           py::arg("device"), py::call_guard<py::gil_scoped_release>())
+      .def("launch", &GraphLoop::launch, py::arg("stream"), py::arg("max_ticks") = 0,
+           py::call_guard<py::gil_scoped_release>())
+      .def("is_done", &GraphLoop::is_done, py::call_guard<py::gil_scoped_release>())
+      .def("request_stop", &GraphLoop::request_stop)
+      .def("clear_stop", &GraphLoop::clear_stop)
+      .def("ticks", &GraphLoop::ticks);
+#endif
 }

@@ -59,15 +59,29 @@ def check_vocab(name: str, logits: Tensor, num_dims: int | None = None) -> None:
         raise ValueError(f"{name} must have a vocabulary of at least 1, got {described(logits)}")
 
 
-def check_number(name: str, value: object, *, low: float, open_low: bool = False) -> None:
-    """A finite real number >= low (> low if open_low)."""
+def check_number(
+    name: str, value: object, *, low: float, open_low: bool = False, high: float = math.inf
+) -> None:
+    """A finite real number >= low (> low if open_low) and <= high."""
     wanted = f"a finite number {'>' if open_low else '>='} {low:g}"
+    if high < math.inf:
+        wanted = f"{wanted} and <= {high:g}"
     real = (numbers.Real, torch.SymFloat, torch.SymInt)
     if isinstance(value, bool) or not isinstance(value, real):
         raise TypeError(f"{name} must be {wanted}, got {described(value)}")
     number = float(value)
-    if not math.isfinite(number) or number < low or (open_low and number == low):
+    too_low = number < low or (open_low and number == low)
+    # Compared, and not asked of math.isfinite: torch.compile may trace a number.
+    if not -math.inf < number < math.inf or too_low or number > high:
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_count(name: str, value: object, *, low: int) -> None:
+    """An int >= low."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int >= {low}, got {described(value)}")
+    if value < low:
+        raise ValueError(f"{name} must be an int >= {low}, got {value}")
 
 
 def check_cu_seqlens(cu_seqlens: object, device: torch.device) -> None:

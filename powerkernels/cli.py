@@ -172,7 +172,39 @@ def _add_sample(commands: Any) -> None:
         "--shared-prefix-skip", action=argparse.BooleanOptionalAction, default=True, help="(exact)"
     )
     settings.add_argument(
-        "--num-lanes", type=int, metavar="N", help="chains decoded at once (default: at most 16)"
+        "--prefetch",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="idle lanes make transitions ahead (exact)",
+    )
+    settings.add_argument(
+        "--top-k", type=int, metavar="K", help="restrict the proposal, and the target, to K tokens"
+    )
+    settings.add_argument(
+        "--top-p", type=float, metavar="P", help="to the likeliest with mass P of the proposal"
+    )
+    settings.add_argument(
+        "--min-p", type=float, metavar="P", help="to those with P times the likeliest one's mass"
+    )
+    settings.add_argument(
+        "--compat",
+        choices=("reference",),
+        help="the law of the public implementation, which is not p^alpha",
+    )
+    settings.add_argument(
+        "--num-lanes", type=int, metavar="N", help="rows of the batch (default: 8 to 16)"
+    )
+    settings.add_argument(
+        "--device-loop",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the loop on the GPU, in one CUDA graph (default: where possible)",
+    )
+    settings.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="run the model through torch.compile",
     )
     settings.add_argument(
         "--eos-token-id",

@@ -148,7 +148,8 @@ def test_same_seed_same_samples(model: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_settings_reach_the_sampler(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     extra = "--alpha 2.5 --proposal-temperature 0.5 --seed 3 --num-lanes 2 --eos-token-id 1,2"
-    extra += " --no-early-rejection --no-shared-prefix-skip --methods power --dtype float32"
+    extra += " --no-early-rejection --no-shared-prefix-skip --no-prefetch --compat reference"
+    extra += " --no-device-loop --methods power --dtype float32"
     assert run("sample", "one", "--json", "--model", model, *FAST, *extra.split()) == 0
     settings = json.loads(capsys.readouterr().out)["settings"]
     expected = {
@@ -160,6 +161,9 @@ def test_settings_reach_the_sampler(model: str, capsys: pytest.CaptureFixture[st
         "seed": 3,
         "early_rejection": False,
         "shared_prefix_skip": False,
+        "prefetch": False,
+        "compat": "reference",
+        "device_loop": False,
         "num_lanes": 2,
         "eos_token_id": [1, 2],
         "dtype": "float32",

@@ -172,27 +172,63 @@ void any_stats(const void* row, int64_t vocab, int64_t first, int64_t last, cons
   picked(row, vocab, first, last, params, out);
 }
 
+// e^(alpha*(x - center)/temperature).
+struct Mass {
+  bool counts;  // alpha = 0
+  F32 center, scale;
+
+  PK_INLINE Mass(float center_logit, const RowParams& params)
+      : counts(params.alpha == 0.0),
+        center(splat(center_logit == -kInfinity ? 0.0f : center_logit)),
+        scale(splat(static_cast<float>(kLog2E / params.temperature * params.alpha))) {}
+
+  PK_INLINE F32 of(F32 x) const {
+    const F32 ones = splat(1.0f);
+    if (counts) return where_less(splat(-kInfinity), x, ones, splat(0.0f));
+    return exp2_scaled(max(splat(-kMaxNegativeExponent), (x - center) * scale), ones);
+  }
+};
+
 template <DType dtype>
-double masses(const void* x, int n, int hidden, const RowParams& params, double* mass) {
+double masses(const void* x, int n, int hidden, double lowest, const RowParams& params,
+              double* mass) {
   alignas(64) float buffer[kSliceV];
   alignas(64) float out[kSliceV];
   const Staged s = stage<dtype>(x, n, hidden, static_cast<float>(params.softcap), buffer);
-  const F32 center = splat(s.max == -kInfinity ? 0.0f : s.max);
-  const F32 scales = splat(static_cast<float>(kLog2E / params.temperature * params.alpha));
-  const F32 exponent_lowest = splat(-kMaxNegativeExponent), ones = splat(1.0f);
+  const Mass mass_of(s.max, params);
+  const F32 bound = splat(static_cast<float>(lowest)), zero = splat(0.0f);
   for (int i = 0; i < s.n; i += F32::kWidth) {
     const F32 x = load(s.x + i);
-    const F32 mass_of_x = params.alpha == 0.0
-                              ? where_less(splat(-kInfinity), x, ones, splat(0.0f))
-                              : exp2_scaled(max(exponent_lowest, (x - center) * scales), ones);
-    store(out + i, mass_of_x);
+    store(out + i, where_less(x, bound, zero, mass_of.of(x)));
   }
   for (int i = 0; i < n; ++i) mass[i] = out[i];
-  return s.max;
+  return s.max < lowest ? -kInfinity : s.max;
 }
 
 template <DType dtype>
-constexpr SliceKernels kKernels = {any_stats<dtype>, masses<dtype>};
+int entries_from(const void* x, int n, double lowest, double center, const RowParams& params,
+                 double* entries, double* mass) {
+  constexpr float kSmallest = -__FLT_MAX__;
+  alignas(64) float buffer[kSliceV];
+  alignas(64) float kept[kSliceV + F32::kWidth];
+  alignas(64) float masses[kSliceV + F32::kWidth];
+  const Staged s = stage<dtype>(x, n, kNoEntry, static_cast<float>(params.softcap), buffer);
+  const F32 bound = splat(lowest < kSmallest ? kSmallest : static_cast<float>(lowest));
+  int count = 0;
+  for (int i = 0; i < s.n; i += F32::kWidth) {
+    count += store_at_least(kept + count, load(s.x + i), bound);
+  }
+  for (int i = 0; i < count; ++i) entries[i] = kept[i];
+  if (mass == nullptr) return count;
+  for (int i = count; i < count + F32::kWidth; ++i) kept[i] = kSmallest;
+  const Mass mass_of(static_cast<float>(center), params);
+  for (int i = 0; i < count; i += F32::kWidth) store(masses + i, mass_of.of(load(kept + i)));
+  for (int i = 0; i < count; ++i) mass[i] = masses[i];
+  return count;
+}
+
+template <DType dtype>
+constexpr SliceKernels kKernels = {any_stats<dtype>, masses<dtype>, entries_from<dtype>};
 
 }  // namespace
 

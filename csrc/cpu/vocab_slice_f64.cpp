@@ -62,16 +62,32 @@ void stats(const void* row, int64_t vocab, int64_t first, int64_t last, const Ro
   }
 }
 
-double masses(const void* logits, int n, int hidden, const RowParams& params, double* mass) {
+double masses(const void* logits, int n, int hidden, double lowest, const RowParams& params,
+              double* mass) {
   const double best = stage(logits, n, hidden, params, mass);
   for (int i = 0; i < n; ++i) {
-    const bool masked = mass[i] == -kInfinity;
+    const bool masked = mass[i] == -kInfinity || mass[i] < lowest;
     mass[i] = masked ? 0.0 : std::exp(params.alpha * (mass[i] - best) / params.temperature);
   }
-  return best;
+  return best < lowest ? -kInfinity : best;
 }
 
-constexpr SliceKernels kDoubleKernels = {stats, masses};
+int entries_from(const void* logits, int n, double lowest, double center, const RowParams& params,
+                 double* entries, double* mass) {
+  double x[kSliceV];
+  stage(logits, n, kNoEntry, params, x);
+  int count = 0;
+  for (int i = 0; i < n; ++i) {
+    if (x[i] == -kInfinity || !(x[i] >= lowest)) continue;
+    entries[count] = x[i];
+    if (mass != nullptr)
+      mass[count] = std::exp(params.alpha * (x[i] - center) / params.temperature);
+    ++count;
+  }
+  return count;
+}
+
+constexpr SliceKernels kDoubleKernels = {stats, masses, entries_from};
 
 bool holds(double scale) { return scale >= kMinFloatScale && scale <= kMaxFloatScale; }
 

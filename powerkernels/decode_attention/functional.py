@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def decode_attention(
     """Attention of one new token per lane over the lane's own prefix in a static cache.
 
     A lane's result depends on its own first `lengths` positions only: not on what the cache holds
-    behind them, on the other lanes or on the number of threads, to the last bit.
+    behind them, on its size, on the other lanes or on the number of threads, to the last bit.
 
     Args:
         query: float16, bfloat16, float32 or float64 [C, Hq, D].
@@ -46,14 +48,15 @@ def decode_attention(
     Raises:
         TypeError, ValueError: an argument, by name.
 
-    Source: online softmax, Milakov & Gimelshein 2018, over chunks of 64 positions.
+    Source: online softmax, Milakov & Gimelshein 2018, over chunks of positions; in splits, on a
+    GPU, as in Dao et al. 2023, "Flash-Decoding".
     """
     _check(query, key, value, lengths, window, sinks)
-    return _decode_attention(query, key, value, lengths, scale, window, softcap, sinks)
+    return op(query, key, value, lengths, scale, window, softcap, sinks)
 
 
 @torch.library.custom_op("powerkernels::decode_attention", mutates_args=())
-def _decode_attention(
+def op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -68,7 +71,7 @@ def _decode_attention(
     )
 
 
-@_decode_attention.register_fake
+@op.register_fake
 def _(
     query: Tensor,
     key: Tensor,
@@ -94,22 +97,22 @@ def launch(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """`decode_attention` without checks and without the dispatcher, for loops over many layers."""
+    backend = _extension.backend_for(query.device)
+    options: dict[str, Any] = {
+        "scale": scale,
+        "window": window,
+        "softcap": softcap,
+        "sinks": sinks,
+    }
+    if backend == "triton":
+        from powerkernels.decode_attention import gpu
+
+        if gpu.serves(query, value):
+            query, key, value = (_last_contiguous(tensor) for tensor in (query, key, value))
+            return gpu.decode_attention(query, key, value, lengths, **options)
     group = query.shape[1] // key.shape[1]
-    if (
-        query.dtype not in CPP_DTYPES
-        or group > MAX_QUERY_GROUP
-        or _extension.backend_for(query.device) != "cpp"
-    ):
-        return reference.decode_attention(
-            query,
-            key,
-            value,
-            lengths,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-        )
+    if backend != "cpp" or query.dtype not in CPP_DTYPES or group > MAX_QUERY_GROUP:
+        return reference.decode_attention(query, key, value, lengths, **options)
     query, key, value = (_last_contiguous(tensor) for tensor in (query, key, value))
     sinks = None if sinks is None else sinks.float().contiguous()
     lengths = lengths.contiguous()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from powerkernels import _extension
 from powerkernels.logprob import eager
-from powerkernels.logprob.options import ScoreOptions, Scores, empty_scores, rows_of
+from powerkernels.logprob.options import ScoreOptions, Scores, Support, empty_scores, rows_of
 
 finish_scores = eager.finish_scores
 
@@ -76,7 +76,12 @@ def score_tokens_bwd(
 
 
 def sample_tokens(
-    logits: Tensor, seed: Tensor, counters: Tensor, banned: Tensor | None, options: ScoreOptions
+    logits: Tensor,
+    seed: Tensor,
+    counters: Tensor,
+    banned: Tensor | None,
+    options: ScoreOptions,
+    support: Support | None,
 ) -> tuple[Tensor, Scores]:
     """logits [C, V], seed int64 [1], counters int64 [C, 4], banned int64 [C] -> token, scores.
 
@@ -89,24 +94,49 @@ def sample_tokens(
     token = torch.empty(logits.shape[0], dtype=torch.int64)
     scores = empty_scores(logits, token.shape, options.entropy)
     _extension.compiled().sample_tokens(
-        logits=logits.data_ptr(),
-        dtype=_extension.DTYPE_CODES[logits.dtype],
-        num_rows=logits.shape[0],
-        vocab=logits.shape[1],
-        row_stride=logits.stride(0),
+        **_row_arguments(logits, options, support),
         seed=int(seed.item()) % 2**64,
         counters=counters.data_ptr(),
         banned=_extension.address(banned),
-        alpha=options.alpha,
-        temperature=options.temperature,
         entropy=options.entropy,
         token=token.data_ptr(),
         log_prob=scores.log_prob.data_ptr(),
         log_z=scores.log_z.data_ptr(),
         entropy_out=scores.entropy.data_ptr(),
-        num_threads=_extension.num_threads(),
     )
     return token, scores
+
+
+def support_threshold(logits: Tensor, options: ScoreOptions, support: Support) -> Tensor:
+    """logits [C, V] -> float64 [C]; see the reference. NaN for a row without a softmax."""
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    threshold = torch.empty(logits.shape[0], dtype=torch.float64)
+    _extension.compiled().support_threshold(
+        **_row_arguments(logits, options, support), out=threshold.data_ptr()
+    )
+    return threshold
+
+
+def _row_arguments(
+    logits: Tensor, options: ScoreOptions, support: Support | None
+) -> dict[str, Any]:
+    """logits [C, V], contiguous in V."""
+    num_rows, vocab = logits.shape
+    top_k, top_p, min_p = support or Support(vocab, 1.0, 0.0)
+    return {
+        "logits": logits.data_ptr(),
+        "dtype": _extension.DTYPE_CODES[logits.dtype],
+        "num_rows": num_rows,
+        "vocab": vocab,
+        "row_stride": logits.stride(0),
+        "alpha": options.alpha,
+        "temperature": options.temperature,
+        "top_k": min(top_k, vocab),
+        "top_p": top_p,
+        "min_p": min_p,
+        "num_threads": _extension.num_threads(),
+    }
 
 
 class _Arguments:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from powerkernels.logprob import reference
-from powerkernels.logprob.options import ScoreOptions, Scores, score_dtype
+from powerkernels.logprob.options import ScoreOptions, Scores, Support, score_dtype
 
 
 def score_tokens(
@@ -82,13 +82,32 @@ def score_tokens_bwd(
 
 
 def sample_tokens(
-    logits: Tensor, seed: Tensor, counters: Tensor, banned: Tensor | None, options: ScoreOptions
+    logits: Tensor,
+    seed: Tensor,
+    counters: Tensor,
+    banned: Tensor | None,
+    options: ScoreOptions,
+    support: Support | None,
 ) -> tuple[Tensor, Scores]:
     """logits [C, V], seed int64 [1], counters int64 [C, 4], banned int64 [C] -> token, scores."""
     token = reference.draw_tokens(
-        logits, alpha=options.alpha, seed=seed, counters=counters, banned=banned
+        logits,
+        alpha=options.alpha,
+        seed=seed,
+        counters=counters,
+        banned=banned,
+        support=support,
     )
-    return token, score_tokens(logits, token.clamp(min=0), -100, options)
+    scores = score_tokens(logits, token.clamp(min=0), -100, options)
+    if support is not None:
+        log_z = reference.support_log_z(logits, alpha=options.alpha, support=support)
+        scores = scores._replace(log_z=log_z)
+    return token, scores
+
+
+def support_threshold(logits: Tensor, options: ScoreOptions, support: Support) -> Tensor:
+    """logits [C, V] -> float64 [C]; see the reference."""
+    return reference.support_threshold(logits, alpha=options.alpha, support=support)
 
 
 def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:

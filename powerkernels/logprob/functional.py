@@ -12,6 +12,7 @@ from powerkernels import _extension, _process_group
 from powerkernels._arguments import (
     INDEX_DTYPES,
     LOGIT_DTYPES,
+    check_count,
     check_number,
     check_shape,
     check_tensor,
@@ -23,6 +24,7 @@ from powerkernels.logprob import cpp, eager, vocab_parallel
 from powerkernels.logprob.options import (
     ScoreOptions,
     Scores,
+    Support,
     can_be_overwritten,
     empty_scores,
     score_dtype,
@@ -43,7 +45,7 @@ class TokenScores(NamedTuple):
 class TokenSamples(NamedTuple):
     token: Tensor  # int64 [C]
     log_prob: Tensor  # [C] log p(token)
-    log_z: Tensor  # [C] log sum_v p(v)^alpha
+    log_z: Tensor  # [C] log sum_v p(v)^alpha, over the support
     entropy: Tensor | None  # [C] of p, in nats; None unless asked
 
 
@@ -321,11 +323,14 @@ def _sample_tokens(
     banned: Tensor | None,
     alpha: float,
     entropy: bool,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_banned(banned, logits.shape[-1])
     options = ScoreOptions(alpha=alpha, entropy=entropy)
     token, scores = implementation(logits, options).sample_tokens(
-        logits, seed, counters, banned, options
+        logits, seed, counters, banned, options, _support(top_k, top_p, min_p, logits.shape[-1])
     )
     return token, *scores[:3]
 
@@ -338,6 +343,9 @@ def _(
     banned: Tensor | None,
     alpha: float,
     entropy: bool,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     token = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     return token, *empty_scores(logits, token.shape, entropy)[:3]
@@ -351,17 +359,28 @@ def sample_tokens(
     counters: Tensor,
     banned: Tensor | None = None,
     entropy: bool = False,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> TokenSamples:
     """Draws a token per row from q ~ p^alpha, p = softmax(logits), and scores it under p.
 
+    top_k, top_p and min_p restrict q to a support: the entries at or above a logit, the largest of
+    the three bounds' thresholds, as transformers' warpers do in this order at temperature 1/alpha.
+    Entries with the threshold's own logit are in, and so is always the largest. The scores are
+    those of p over all of the vocabulary, but log_z = log Σ p(v)^alpha over the support:
+    alpha * log_prob - log_z is the log-probability of the token under what it was drawn from.
+
     A row's result depends on its logits, counters, banned token and the seed, and on nothing else:
-    not on the other rows, the row's place, or the number of threads. log_prob, log_z and entropy
-    have the bits that `score_tokens` gives for the token, and its gradient where logits require
-    one.
+    not on the other rows, the row's place, or the number of threads. log_prob, entropy and, without
+    a bound, log_z have the bits that `score_tokens` gives for the token, and its gradient where
+    logits require one.
 
     Every backend draws the same token from the same logits and counters, but where the uniform
     falls within float32's rounding of a bound of the cumulative probabilities. The tests allow that
-    in 2 of 2000 draws between the C++ and the float64 reference.
+    in 2 of 2000 draws between the C++ and the float64 reference. All find the same support for
+    top_k; for top_p they may differ where the mass down to a logit is within 1e-6 of top_p, and for
+    min_p where a logit comes within two roundings of float32 of the threshold.
 
     A row with NaN, +inf, or nothing but -inf gives token -1 and NaN scores.
 
@@ -374,12 +393,17 @@ def sample_tokens(
         banned: int64 [C] or None. A banned token (-1: none) is drawn only if it alone has mass;
             the draw is from q restricted to the others, the scores are those without a ban.
         entropy: whether to compute the entropy of p.
+        top_k: >= 1; the top_k largest logits. V and more, or None: no bound.
+        top_p: in (0, 1]; of what top_k leaves, the fewest largest logits whose share of its mass
+            under q is at least top_p. 1 or None: no bound.
+        min_p: in [0, 1]; the entries v with q(v) >= min_p * max q. 0 or None: no bound.
 
     Returns:
         TokenSamples: token int64 [C]; the others float32 [C] (float64 for float64 logits).
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range.
+        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range, or
+            logits require a gradient and top_k, top_p or min_p is given.
 
     Source: the proposal of Karan & Du 2025, "Reasoning with Sampling", Algorithm 1.
     """
@@ -391,12 +415,41 @@ def sample_tokens(
     if banned is not None:
         check_tensor("banned", banned, (torch.int64,), logits.device)
         check_shape("banned", banned, (logits.shape[0],))
+    if top_k is not None:
+        check_count("top_k", top_k, low=1)
+        top_k = min(top_k, logits.shape[-1])
+    if top_p is not None:
+        check_number("top_p", top_p, low=0, open_low=True, high=1)
+        top_p = float(top_p)
+    if min_p is not None:
+        check_number("min_p", min_p, low=0, high=1)
+        min_p = float(min_p)
+    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
+    if wants_gradient and (top_k, top_p, min_p) != (None, None, None):
+        raise ValueError(
+            "logits must not require a gradient where top_k, top_p or min_p is given: there is "
+            "none of log_z over a support; detach them, or score the token with score_tokens"
+        )
     key = seed_tensor(seed, logits.device)
-    token, *scores = _sample_tokens(logits.detach(), counters, key, banned, float(alpha), entropy)
-    if torch.is_grad_enabled() and logits.requires_grad:
+    token, *scores = _sample_tokens(
+        logits.detach(), counters, key, banned, float(alpha), entropy, top_k, top_p, min_p
+    )
+    if wants_gradient:
         scores = list(score_tokens(logits, token.clamp(min=0), alpha=alpha, entropy=entropy))
     log_prob, log_z, entropies = scores
     return TokenSamples(token, log_prob, log_z, entropies if entropy else None)
+
+
+def _support(
+    top_k: int | None, top_p: float | None, min_p: float | None, vocab: int
+) -> Support | None:
+    """None where nothing is left out."""
+    support = Support(
+        vocab if top_k is None else top_k,
+        1.0 if top_p is None else top_p,
+        0.0 if min_p is None else min_p,
+    )
+    return None if support.keeps_all(vocab) else support
 
 
 def _check_banned(banned: Tensor | None, vocab: int) -> None:

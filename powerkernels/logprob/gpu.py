@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from powerkernels._triton import EXACT, device_of, power_of_2
 from powerkernels.logprob import kernels
-from powerkernels.logprob.options import Rows, ScoreOptions, Scores, empty_scores, rows_of
+from powerkernels.logprob.options import (
+    Rows,
+    ScoreOptions,
+    Scores,
+    Support,
+    empty_scores,
+    rows_of,
+)
 
 SLICE_V = kernels.SLICE_V.value
 GROUP = kernels.GROUP.value
@@ -23,6 +31,11 @@ MANY_GROUPS = 4096
 # Entries of a row that one program of the backward takes, and its warps: 32 entries a thread.
 BWD_BLOCK_V, BWD_WARPS = 4096, 4
 DRAW_WARPS = 4
+# Entries of a row that are on their way at once in the search for a threshold, and the warps:
+# 16 entries a thread.
+THRESHOLD_BLOCK, THRESHOLD_WARPS = 8192, 16
+# Bits of a float32 that a logit of the dtype leaves 0.
+SPARE_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 # Parts from which a row's merge takes four warps: one would spill.
 MANY_PARTS, MANY_PARTS_WARPS = 512, 4
 # e^alpha is a product for 2 * alpha up to this.
@@ -119,6 +132,7 @@ def sample_tokens(
     counters: Tensor,
     banned: Tensor | None,
     options: ScoreOptions,
+    support: Support | None,
 ) -> tuple[Tensor, Scores]:
     """logits [C, V], seed int64 [1], counters int64 [C, 4], banned int64 [C] -> token, scores."""
     num_rows, vocab = logits.shape
@@ -126,11 +140,12 @@ def sample_tokens(
     token = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     scores = empty_scores(logits, token.shape, options.entropy)
     if num_rows:
-        # No target yet: entry 0 is loaded and not used.
-        partials = _row_sums(
-            rows, torch.zeros_like(token), kernels.NO_TOKEN.value, options, slices=1
-        )
+        sums = _slice_sums(rows, options)
         num_slices = triton.cdiv(vocab, SLICE_V)
+        threshold = None
+        if support is not None:
+            threshold = _threshold(rows, sums, options, support)
+            _restrict(rows, sums, options, threshold)
         with device_of(logits):
             kernels.draw_kernel[(num_rows,)](
                 rows.tensor,
@@ -139,10 +154,11 @@ def sample_tokens(
                 seed,
                 counters.contiguous(),
                 None if banned is None else banned.contiguous(),
+                threshold,
                 options.alpha,
-                partials.sums,
-                partials.sums.stride(0),
-                partials.sums.stride(1),
+                sums,
+                sums.stride(0),
+                sums.stride(1),
                 token,
                 *scores[:3],
                 ENTROPY=options.entropy,
@@ -153,6 +169,76 @@ def sample_tokens(
                 **EXACT,
             )
     return token, scores
+
+
+def support_threshold(logits: Tensor, options: ScoreOptions, support: Support) -> Tensor:
+    """logits [C, V] -> float32 [C]; see the reference. Need not be an entry of the row."""
+    rows = rows_of(logits)
+    if logits.shape[0] == 0:
+        return torch.empty(0, dtype=torch.float32, device=logits.device)
+    return _threshold(rows, _slice_sums(rows, options), options, support)
+
+
+def _slice_sums(rows: Rows, options: ScoreOptions) -> Tensor:
+    """float32 [4, C, slices]: max, sum, pow_sum, dot of every slice."""
+    # No target yet: entry 0 is loaded and not used.
+    num_rows = rows.tensor.shape[0]
+    targets = torch.zeros(num_rows, dtype=torch.int64, device=rows.tensor.device)
+    return _row_sums(rows, targets, kernels.NO_TOKEN.value, options, slices=1).sums
+
+
+def _threshold(rows: Rows, sums: Tensor, options: ScoreOptions, support: Support) -> Tensor:
+    _, num_rows, num_slices = sums.shape
+    vocab = rows.tensor.shape[-1]
+    top_p_drop = -math.inf
+    if support.top_p < 1 and options.alpha > 0:
+        # What has no more than this of the largest mass has less than 1 - top_p together.
+        top_p_drop = math.log((1 - support.top_p) / (2 * vocab)) / options.alpha
+    threshold = torch.empty(num_rows, dtype=torch.float32, device=sums.device)
+    with device_of(sums):
+        kernels.threshold_kernel[(num_rows,)](
+            rows.tensor,
+            rows.inner_stride,
+            vocab,
+            options.alpha,
+            min(support.top_k, vocab),
+            support.top_p,
+            top_p_drop,
+            support.min_p_drop(options.alpha),
+            sums,
+            sums.stride(1),
+            num_slices,
+            threshold,
+            TOP_K=support.top_k < vocab,
+            TOP_P=support.top_p < 1,
+            TWICE_ALPHA=twice_alpha(options.alpha),
+            SHIFT=SPARE_BITS[rows.tensor.dtype],
+            SLICES=power_of_2(num_slices),
+            BLOCK=THRESHOLD_BLOCK,
+            num_warps=THRESHOLD_WARPS,
+            **EXACT,
+        )
+    return threshold
+
+
+def _restrict(rows: Rows, sums: Tensor, options: ScoreOptions, threshold: Tensor) -> None:
+    """Makes pow_sum of the slices that of the entries at or above the threshold of their row."""
+    _, num_rows, num_slices = sums.shape
+    with device_of(sums):
+        kernels.support_sums_kernel[(num_rows * num_slices,)](
+            rows.tensor,
+            rows.inner_stride,
+            rows.tensor.shape[-1],
+            options.alpha,
+            threshold,
+            sums,
+            sums.stride(0),
+            sums.stride(1),
+            num_slices,
+            TWICE_ALPHA=twice_alpha(options.alpha),
+            num_warps=1,
+            **EXACT,
+        )
 
 
 def _row_sums(

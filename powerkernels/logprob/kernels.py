@@ -19,6 +19,8 @@ at 1.75 GHz, each with 16 exponentials and 128 lanes of issue a clock):
     backward  4 bytes, 4.7 elements a clock; 1.06 exponentials and 24.4 instructions: 31% and 89%.
     draw      one read in slices, 16 bytes of sums a slice, one slice again; at 64 rows launches
               and latency are the floor.
+    threshold of a support: up to 17 passes over the row for top_k and 18 for top_p, from the second
+              cache, for bfloat16 half as many; then the slices that hold an entry of it once.
 
 Not yet run on a GPU.
 """
@@ -43,6 +45,8 @@ INFINITY = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Of the smallest finite float32; see key_of.
+LOWEST_KEY = tl.constexpr(-0x7F800000)
 # 2^t is 0 below this; it stands for -inf where 0 * t must be 0.
 LOWEST = tl.constexpr(-150.0)
 # Adding it to |x| < 2^22 rounds x to an integer, which is then in the low bits.
@@ -736,14 +740,246 @@ def inverse_cdf(mass, u, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def masses_of_slice(x, scale, alpha, TWICE_ALPHA: tl.constexpr):
-    """max, and e^alpha of every entry relative to it, from all float32 logits of a slice."""
-    max = tl.max(x, axis=0)
+def masses(x, center, scale, alpha, TWICE_ALPHA: tl.constexpr):
+    """e^alpha of logits relative to a center."""
     if TWICE_ALPHA == 0:
         mass = tl.where(x > -INFINITY, 1.0, 0.0)
     else:
-        mass = tl.exp2(alpha * tl.fma(x, scale, -centered(max, scale)))
-    return max, mass
+        mass = tl.exp2(alpha * tl.fma(x, scale, -center))
+    return mass
+
+
+@triton.jit
+def masses_of_slice(x, scale, alpha, TWICE_ALPHA: tl.constexpr):
+    """max, and e^alpha of every entry relative to it, from all float32 logits of a slice."""
+    max = tl.max(x, axis=0)
+    return max, masses(x, centered(max, scale), scale, alpha, TWICE_ALPHA)
+
+
+@triton.jit
+def masses_of_slices(slice_max, mass, max, scale, alpha, TWICE_ALPHA: tl.constexpr):
+    """Masses of slices, each relative to its maximum, relative to another, larger one."""
+    difference = slice_max * scale - centered(max, scale)
+    factor = pow_factor(tl.exp2(difference), difference, alpha, TWICE_ALPHA)
+    return tl.where(slice_max == -INFINITY, 0.0, factor * mass)
+
+
+@triton.jit
+def key_of(x):
+    """An int32 that is ordered as the float32 x is."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def logit_of(key, SHIFT: tl.constexpr):
+    """The float32 of the lowest key that begins with int64 `key`."""
+    key = (key << SHIFT).to(tl.int32)
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def weights_from(
+    row_ptr,
+    vocab,
+    a,
+    b,
+    c,
+    center,
+    scale,
+    alpha,
+    MASS: tl.constexpr,
+    TWICE_ALPHA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The number, or with MASS the mass, of the entries of a row that are >= a, b, c."""
+    index = tl.arange(0, BLOCK)
+    # What a thread counts in float32 is exact, and takes fewer instructions than integers.
+    from_a = tl.zeros([BLOCK], tl.float32)
+    from_b = from_a
+    from_c = from_a
+    for start in range(0, vocab, BLOCK):
+        here = start + index
+        x = tl.load(row_ptr + here, mask=here < vocab, other=-INFINITY).to(tl.float32)
+        weight = masses(x, center, scale, alpha, TWICE_ALPHA) if MASS else 1.0
+        from_a += tl.where(x >= a, weight, 0.0)
+        from_b += tl.where(x >= b, weight, 0.0)
+        from_c += tl.where(x >= c, weight, 0.0)
+    if not MASS:
+        from_a = from_a.to(tl.int32)
+        from_b = from_b.to(tl.int32)
+        from_c = from_c.to(tl.int32)
+    return tl.sum(from_a, axis=0), tl.sum(from_b, axis=0), tl.sum(from_c, axis=0)
+
+
+@triton.jit
+def highest_key(
+    row_ptr,
+    vocab,
+    low,
+    high,
+    wanted,
+    center,
+    scale,
+    alpha,
+    MASS: tl.constexpr,
+    TWICE_ALPHA: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A key in [low, high] at which the entries at or above weigh at least `wanted`.
+
+    The highest one, or one with just that weight; low where there is none. A pass over the row
+    leaves a quarter of the keys.
+    """
+    found = wanted - 1
+    while (low < high) & (found != wanted):
+        width = high - low
+        a = low + (width + 3) // 4
+        b = low + (width + 1) // 2
+        c = low + (3 * width + 3) // 4
+        from_a, from_b, from_c = weights_from(
+            row_ptr,
+            vocab,
+            logit_of(a, SHIFT),
+            logit_of(b, SHIFT),
+            logit_of(c, SHIFT),
+            center,
+            scale,
+            alpha,
+            MASS,
+            TWICE_ALPHA,
+            BLOCK,
+        )
+        if from_a >= wanted:
+            if from_c >= wanted:
+                low = c
+                found = from_c
+            elif from_b >= wanted:
+                low = b
+                high = c - 1
+                found = from_b
+            else:
+                low = a
+                high = b - 1
+                found = from_a
+        else:
+            high = a - 1
+    return low
+
+
+@triton.jit(do_not_specialize=["stride_row", "num_slices", "top_k"])
+def threshold_kernel(
+    logits_ptr,  # [C, V]
+    stride_logits,
+    vocab,
+    alpha,
+    top_k,
+    top_p,
+    top_p_drop,  # nothing that top_p keeps is further below the largest logit
+    min_p_drop,  # the same for min_p
+    partials_ptr,  # float32 [C, slices]: max of every slice
+    stride_row,
+    num_slices,
+    threshold_ptr,  # float32 [C]
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    TWICE_ALPHA: tl.constexpr,
+    SHIFT: tl.constexpr,  # low bits of a logit's key that its dtype says nothing about
+    SLICES: tl.constexpr,  # a power of 2, >= num_slices
+    BLOCK: tl.constexpr,
+):
+    """The logit from which on a row's entries may be drawn. Grid: C programs.
+
+    Searches among all floats, not among the entries: the threshold need not be one of them.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_logits
+    index = tl.arange(0, SLICES)
+    slice_max = tl.load(
+        partials_ptr + row * stride_row + index, mask=index < num_slices, other=-INFINITY
+    )
+    max = tl.max(slice_max, axis=0)
+    scale = LOG2_E
+    center = centered(max, scale)
+    # From the largest finite negative number: -inf is never in.
+    low = tl.full([], LOWEST_KEY >> SHIFT, tl.int64)
+    high = key_of(max).to(tl.int64) >> SHIFT
+    if TOP_K:
+        low = highest_key(
+            row_ptr,
+            vocab,
+            low,
+            high,
+            top_k,
+            center,
+            scale,
+            alpha,
+            False,
+            TWICE_ALPHA,
+            SHIFT,
+            BLOCK,
+        )
+    if TOP_P:
+        lowest = logit_of(low, SHIFT)
+        total, _, _ = weights_from(
+            row_ptr,
+            vocab,
+            lowest,
+            lowest,
+            lowest,
+            center,
+            scale,
+            alpha,
+            True,
+            TWICE_ALPHA,
+            BLOCK,
+        )
+        low = tl.maximum(low, key_of(max + top_p_drop).to(tl.int64) >> SHIFT)
+        low = highest_key(
+            row_ptr,
+            vocab,
+            low,
+            high,
+            top_p * total,
+            center,
+            scale,
+            alpha,
+            True,
+            TWICE_ALPHA,
+            SHIFT,
+            BLOCK,
+        )
+    tl.store(threshold_ptr + row, tl.maximum(logit_of(low, SHIFT), max + min_p_drop))
+
+
+@triton.jit(do_not_specialize=["stride_row", "num_slices"])
+def support_sums_kernel(
+    logits_ptr,  # [C, V]
+    stride_logits,
+    vocab,
+    alpha,
+    threshold_ptr,  # float32 [C]
+    partials_ptr,  # float32 [4, C, slices]: max, sum, pow_sum, dot of every slice
+    stride_plane,
+    stride_row,
+    num_slices,
+    TWICE_ALPHA: tl.constexpr,
+):
+    """Replaces pow_sum by what is at or above the threshold. Grid: C * num_slices programs."""
+    row = (tl.program_id(0) // num_slices).to(tl.int64)
+    index = tl.program_id(0) % num_slices
+    partials_ptr += row * stride_row + index
+    pow_sum_ptr = partials_ptr + 2 * tl.cast(stride_plane, tl.int64)
+    threshold = tl.load(threshold_ptr + row)
+    if tl.load(partials_ptr) < threshold:
+        tl.store(pow_sum_ptr, 0.0)
+        return
+    here = index * SLICE_V + tl.arange(0, SLICE_V)
+    x = tl.load(logits_ptr + row * stride_logits + here, mask=here < vocab, other=-INFINITY)
+    x = x.to(tl.float32)
+    _, mass = masses_of_slice(tl.where(x < threshold, -INFINITY, x), LOG2_E, alpha, TWICE_ALPHA)
+    tl.store(pow_sum_ptr, tl.sum(mass, axis=0))
 
 
 @triton.jit(do_not_specialize=["stride_row"])
@@ -754,6 +990,7 @@ def draw_kernel(
     seed_ptr,  # int64 [1]
     counters_ptr,  # int64 [C, 4]
     banned_ptr,  # int64 [C] or None
+    threshold_ptr,  # float32 [C] or None: no entry below is drawn; pow_sum is that of the others
     alpha,
     partials_ptr,  # float32 [4, C, slices]: max, sum, pow_sum, dot of every slice
     stride_plane,
@@ -801,6 +1038,12 @@ def draw_kernel(
     plane = tl.cast(stride_plane, tl.int64)
     mass = tl.load(partials_ptr + 2 * plane + index, mask=kept, other=0.0)
     entry = tl.arange(0, SLICE_V)
+    if threshold_ptr is not None:
+        threshold = tl.load(threshold_ptr + row)
+        slice_max = tl.where(slice_max < threshold, -INFINITY, slice_max)
+        support_mass = tl.sum(
+            masses_of_slices(slice_max, mass, max, scale, alpha, TWICE_ALPHA), axis=0
+        )
     banned = -1
     if banned_ptr is not None:
         banned = tl.load(banned_ptr + row).to(tl.int32)
@@ -809,20 +1052,22 @@ def draw_kernel(
             left = entry + start < vocab
             x = tl.load(row_ptr + start + entry, mask=left, other=-INFINITY).to(tl.float32)
             x = tl.where(entry + start == banned, -INFINITY, x)
+            if threshold_ptr is not None:
+                x = tl.where(x < threshold, -INFINITY, x)
             rest_max, rest = masses_of_slice(x, scale, alpha, TWICE_ALPHA)
             is_rest = index == banned // SLICE_V
             slice_max = tl.where(is_rest, rest_max, slice_max)
             mass = tl.where(is_rest, tl.sum(rest, axis=0), mass)
     best = tl.max(slice_max, axis=0)
-    difference = slice_max * scale - centered(best, scale)
-    factor = pow_factor(tl.exp2(difference), difference, alpha, TWICE_ALPHA)
-    mass = tl.where(slice_max == -INFINITY, 0.0, factor * mass)
+    mass = masses_of_slices(slice_max, mass, best, scale, alpha, TWICE_ALPHA)
     picked = inverse_cdf(mass, uniform53(w0, w1), SLICES)
 
     start = picked * SLICE_V
     here = start + entry
     x = tl.load(row_ptr + here, mask=here < vocab, other=-INFINITY).to(tl.float32)
     x = tl.where(here == banned, -INFINITY, x)
+    if threshold_ptr is not None:
+        x = tl.where(x < threshold, -INFINITY, x)
     _, mass = masses_of_slice(x, scale, alpha, TWICE_ALPHA)
     token = start + inverse_cdf(mass, uniform53(w2, w3), SLICE_V)
     # Nothing but the banned token has mass.
@@ -831,6 +1076,11 @@ def draw_kernel(
     log_prob, log_z, entropy, row_max, _ = finish_row(
         max, sum, pow_sum, dot, target_logit, scale, alpha, ENTROPY, TWICE_ALPHA
     )
+    if threshold_ptr is not None:
+        log_z = (tl.log2(support_mass) - alpha * tl.log2(sum)) * LN_2
+        # Below 1 a sum over a part may have either sign.
+        log_z = tl.where(alpha >= 1.0, tl.minimum(log_z, 0.0), log_z)
+        log_z = tl.where(row_max == row_max, log_z, NAN)
     tl.store(token_ptr + row, tl.where(row_max == row_max, token, NO_TOKEN).to(tl.int64))
     tl.store(log_prob_ptr + row, log_prob)
     tl.store(log_z_ptr + row, log_z)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,21 @@ class ScoreOptions(NamedTuple):
         if self.softcap is not None:
             scales.append(self.softcap)
         return all(MIN_FLOAT_SCALE <= scale <= MAX_FLOAT_SCALE for scale in scales)
+
+
+class Support(NamedTuple):
+    """Bounds of what may be drawn; `reference.support_threshold` says what they mean."""
+
+    top_k: int  # >= 1; the vocabulary and more: no bound
+    top_p: float  # in (0, 1]; 1: no bound
+    min_p: float  # in [0, 1]; 0: no bound
+
+    def keeps_all(self, vocab: int) -> bool:
+        return self.top_k >= vocab and self.top_p == 1 and self.min_p == 0
+
+    def min_p_drop(self, alpha: float) -> float:
+        """How far below the largest logit the smallest one may be, by min_p; -inf: anywhere."""
+        return math.log(self.min_p) / alpha if self.min_p > 0 and alpha > 0 else -math.inf
 
 
 class Scores(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from powerkernels.logprob.options import score_dtype
+from powerkernels.logprob.options import Support, score_dtype
 from powerkernels.philox.reference import philox4x32, uniform53
 
 # Vocabulary entries per slice: the sampler picks a slice, then a token in it. Part of the contract
@@ -172,9 +172,12 @@ def sample_tokens(
     counters: Tensor,
     banned: Tensor | None,
     entropy: bool,
+    support: Support | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """logits [C, V] -> token [C] drawn from q, and its log_prob, log_z, entropy [C]."""
-    token = draw_tokens(logits, alpha=alpha, seed=seed, counters=counters, banned=banned)
+    """logits [C, V] -> token [C] drawn from q on its support, and log_prob, log_z, entropy [C]."""
+    token = draw_tokens(
+        logits, alpha=alpha, seed=seed, counters=counters, banned=banned, support=support
+    )
     log_p = log_softmax(logits, 1.0, None)
     scores = _scores(log_p, token.clamp(min=0), alpha, entropy)
     log_prob, log_z, entropies = (
@@ -182,15 +185,53 @@ def sample_tokens(
     )
     assert log_prob is not None
     assert log_z is not None
+    if support is not None:
+        log_z = support_log_z(logits, alpha=alpha, support=support)
     return token, log_prob, log_z, entropies
 
 
 def draw_tokens(
-    logits: Tensor, *, alpha: float, seed: Tensor, counters: Tensor, banned: Tensor | None
+    logits: Tensor,
+    *,
+    alpha: float,
+    seed: Tensor,
+    counters: Tensor,
+    banned: Tensor | None,
+    support: Support | None = None,
 ) -> Tensor:
-    """logits [C, V] -> token int64 [C] drawn from q."""
-    log_p = log_softmax(logits.detach(), 1.0, None)
+    """logits [C, V] -> token int64 [C] drawn from q on its support."""
+    logits = logits.detach()
+    if support is not None:
+        logits = logits.masked_fill(_outside(logits, alpha, support), -torch.inf)
+    log_p = log_softmax(logits, 1.0, None)
     return _draw(log_p, alpha, philox4x32(counters, seed), banned)
+
+
+def support_threshold(logits: Tensor, *, alpha: float, support: Support) -> Tensor:
+    """logits [C, V] -> float64 [C]: the support are the entries >= it, without those of -inf.
+
+    It is the largest of three: the top_k-th largest logit; of what that leaves, the largest one
+    that has top_p of the mass of q above or at it; and log(min_p) / alpha below the largest logit,
+    where q is min_p times its maximum.
+    """
+    z = logits.double().sort(dim=-1, descending=True).values
+    best = z[:, :1]
+    threshold = z[:, min(support.top_k, z.shape[-1]) - 1].unsqueeze(-1)
+    if support.top_p < 1:  # at 1 rounding would leave out what has hardly any mass
+        outside = (z < threshold) | (z == -torch.inf)
+        cumulative = (alpha * (z - best)).exp().masked_fill(outside, 0.0).cumsum(-1)
+        missing = (cumulative < support.top_p * cumulative[:, -1:]).sum(-1, keepdim=True)
+        threshold = torch.maximum(threshold, z.gather(-1, missing))
+    return torch.maximum(threshold, best + support.min_p_drop(alpha)).squeeze(-1)
+
+
+def support_log_z(logits: Tensor, *, alpha: float, support: Support) -> Tensor:
+    """logits [C, V] -> log Σ p^alpha over the support [C], p of all entries."""
+    log_p = log_softmax(logits, 1.0, None)
+    log_z = _log_z(log_p.masked_fill(_outside(logits, alpha, support), -torch.inf), alpha)
+    # A sum over a part: below 1 it may have either sign.
+    log_z = log_z.clamp(max=0.0) if alpha >= 1 else log_z
+    return log_z.to(score_dtype(logits))
 
 
 def sequence_log_likelihood(
@@ -242,12 +283,21 @@ def _scores(
     log_prob = log_p.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
     # A constant where the target is impossible: its gradient is zero, not NaN.
     log_prob = torch.where(log_prob == -torch.inf, -torch.inf, log_prob)
-    # The mask matters at alpha = 0, where 0 * -inf is NaN.
-    log_z = torch.logsumexp((alpha * log_p).masked_fill(masked, -torch.inf), dim=-1)
-    log_z = _of_its_sign(log_z, alpha)
+    log_z = _of_its_sign(_log_z(log_p, alpha), alpha)
     if not entropy:
         return log_prob, log_z, None
     return log_prob, log_z, -(log_p.exp() * log_p.masked_fill(masked, 0.0)).sum(-1)
+
+
+def _log_z(log_p: Tensor, alpha: float) -> Tensor:
+    # The mask matters at alpha = 0, where 0 * -inf is NaN.
+    return torch.logsumexp((alpha * log_p).masked_fill(log_p == -torch.inf, -torch.inf), dim=-1)
+
+
+def _outside(logits: Tensor, alpha: float, support: Support) -> Tensor:
+    """bool [C, V]; nothing of a row that has no softmax because of NaN or -inf."""
+    threshold = support_threshold(logits, alpha=alpha, support=support)
+    return logits.double() < threshold.unsqueeze(-1)
 
 
 def _draw(log_p: Tensor, alpha: float, words: Tensor, banned: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 PAPER_NUM_BLOCKS = 16  # Karan & Du 2025: T = 3072 in blocks of B = 192
 
@@ -29,7 +30,23 @@ class PowerSamplingConfig:
             effect for 1 <= 1/proposal_temperature <= alpha, where the bound holds.
         shared_prefix_skip: draw without the model the part of a proposal that repeats the current
             completion. Exact.
-        num_lanes: rows of the static batch; >= 1. None is the number of chains, at most 16.
+        prefetch: let lanes that have no chain of their own make the next transitions of those that
+            have, from the same state: used if the earlier ones are rejected, dropped otherwise.
+            Exact: every chain stays the same bit for bit.
+        top_k, top_p, min_p: restrict q, and with it the target, to a part of the vocabulary at each
+            position, as in `sample_tokens`. None is all of it. The target is then p^alpha over the
+            completions whose every token is in its position's part.
+        compat: "reference" follows the law of the public implementation (see
+            `integrations.public_sampler`) where that is not p^alpha: proposals never grow past the
+            current completion, there is no length term, Σ w of the current completion ends where
+            the proposal does, and a chain is over at the end of the block in which it has its EOS.
+            None is p^alpha.
+        num_lanes: rows of the static batch; >= 1. None is the number of chains, at least 8 with
+            `prefetch` and at most 16.
+        device_loop: whether a GPU runs the loop over model steps itself, in one CUDA graph. None is
+            yes where that is possible, else the host does, with a warning that says why. True
+            raises instead.
+        compile: run the model step through torch.compile, which takes a minute or more at first.
         eos_token_id: token or tokens that end a completion. None takes the model's own; an empty
             sequence is a model without EOS, whose completions run to the limit.
 
@@ -48,7 +65,14 @@ class PowerSamplingConfig:
     seed: int = 0
     early_rejection: bool = True
     shared_prefix_skip: bool = True
+    prefetch: bool = True
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    compat: Literal["reference"] | None = None
     num_lanes: int | None = None
+    device_loop: bool | None = None
+    compile: bool = False
     eos_token_id: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
@@ -73,9 +97,20 @@ class PowerSamplingConfig:
         _check_int("seed", self.seed, 0)
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2**64, got {self.seed!r}")
-        for name in ("early_rejection", "shared_prefix_skip"):
+        for name in ("early_rejection", "shared_prefix_skip", "prefetch", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if not (self.device_loop is None or isinstance(self.device_loop, bool)):
+            raise TypeError(f"device_loop must be a bool or None, got {self.device_loop!r}")
+        if self.top_k is not None:
+            _check_int("top_k", self.top_k, 1)
+        for name, value, open_low in (("top_p", self.top_p, True), ("min_p", self.min_p, False)):
+            if value is not None:
+                _check_float(name, value)
+                if not (0 < value <= 1 or (value == 0 and not open_low)):
+                    raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
+        if self.compat not in (None, "reference"):
+            raise ValueError(f'compat must be "reference" or None, got {self.compat!r}')
         if self.num_lanes is not None:
             _check_int("num_lanes", self.num_lanes, 1)
         if self.eos_token_id is not None:

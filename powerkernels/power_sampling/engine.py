@@ -1,40 +1,52 @@
-"""The lane engine with its loop on the host: one tick for all lanes, idle lanes refilled."""
+"""The lane engine: one tick for all lanes, again and again; new chains follow finished ones."""
 
 from __future__ import annotations
 
+import functools
+import heapq
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from powerkernels.logprob import sample_tokens
-from powerkernels.power_sampling import reference
+from powerkernels._advice import warn_once
+from powerkernels.logprob import TokenSamples, sample_tokens
+from powerkernels.power_sampling import lane_state
 from powerkernels.power_sampling.config import PowerSamplingConfig
+from powerkernels.power_sampling.graph_loop import (
+    CaptureError,
+    DeviceLoop,
+    HostLoop,
+    capture,
+    why_no_graph_loop,
+)
 from powerkernels.power_sampling.lane_model import LaneModel
-from powerkernels.power_sampling.metropolis_hastings import token_counters
+from powerkernels.power_sampling.lane_state import CURRENT, TRACE_FIELDS, LaneState, Rules
+from powerkernels.power_sampling.transition import state_device, transition_of
 
 
 class Chain(NamedTuple):
     """A chain to run: where its result belongs, its prompt, its number in the Philox counters."""
 
-    slot: int
+    place: int
     prompt: tuple[int, ...]
     number: int
 
 
 class FinishedChain(NamedTuple):
-    """What a lane holds at the end of its chain; tensors on the CPU."""
+    """The end of a chain; tensors on the CPU."""
 
-    slot: int
+    place: int
     tokens: Tensor  # int64 [n]
     log_prob: Tensor  # float32 [n]
+    log_q: Tensor  # float32 [n]
     entropy: Tensor  # float32 [n]
     ended: bool  # the last token is an EOS
-    decoded_tokens: int
+    decoded_tokens: int  # without what was made ahead and dropped
     trace: Tensor  # float64 [number of transitions, len(TRACE_FIELDS)]
 
 
@@ -46,12 +58,13 @@ class SamplerStats:
     num_lanes: int = 0
     finished_chains: int = 0
     model_steps: int = 0  # ticks, each one model call on all lanes
-    decoded_tokens: int = 0  # tokens drawn by the model, kept or not
+    decoded_tokens: int = 0  # tokens drawn by the model, kept or not, those made ahead too
+    used_tokens: int = 0  # of finished chains, without what was made ahead and dropped
     kept_tokens: int = 0  # tokens of finished completions
     transitions: int = 0  # of finished chains
     accepted_transitions: int = 0
     prefill_seconds: float = 0.0
-    model_seconds: float = 0.0  # in model steps
+    model_seconds: float = 0.0  # in ticks: model steps, draws and transitions
     seconds: float = 0.0
     interrupted: bool = False
     busy_lanes: int = field(default=0, repr=False)  # in the last tick
@@ -82,142 +95,279 @@ def run_chains(
     eos: tuple[int, ...],
     stats: SamplerStats,
     on_tick: Callable[[], None] | None = None,
-) -> Iterator[FinishedChain]:
-    """Run chains on the model's lanes and yield each as it finishes.
+    rules: Rules | None = None,
+) -> Generator[FinishedChain, None, None]:
+    """`LaneEngine(model, config, eos, rules).run(chains, stats, on_tick)`."""
+    return LaneEngine(model, config, eos, rules).run(chains, stats, on_tick)
 
-    A chain's result depends on its prompt, its number and the settings, not on its lane, on when it
-    starts or on what the other lanes do.
+
+class LaneEngine:
+    """A model's lanes and the loop over their ticks, for one list of chains after another.
+
+    On a GPU the loop runs there, in one CUDA graph that is captured here and serves all runs; the
+    host only gives idle lanes new chains. Elsewhere, and where the graph cannot be, the host calls
+    each tick.
+
+    Args:
+        model: the lanes.
+        config: the settings; `num_lanes` and `eos_token_id` are the caller's to resolve.
+        eos: tokens that end a completion.
+        rules: what a transition does; None is what `config` says.
 
     Raises:
-        FloatingPointError: the model's logits hold NaN or +inf.
+        CaptureError: `config.device_loop` is True and the tick cannot be captured.
     """
-    started = time.perf_counter()
-    stats.num_chains, stats.num_lanes = len(chains), model.num_lanes
-    state = reference.init_lanes(model.num_lanes, config, eos, model.device)
-    waiting = deque(chains)
-    idle = list(range(model.num_lanes))[::-1]
-    on_lane: dict[int, Chain] = {}
-    # Absolute position of completion position -1, the prompt's last token, and that token.
-    offset = torch.zeros(model.num_lanes, dtype=torch.int64, device=model.device)
-    last_prompt_token = torch.zeros_like(offset)
 
-    while True:
-        fresh = []
-        while idle and waiting:
-            lane, chain = idle.pop(), waiting.popleft()
-            before = time.perf_counter()
-            model.prefill(lane, chain.prompt)
-            stats.prefill_seconds += time.perf_counter() - before
-            on_lane[lane] = chain
-            fresh.append(lane)
-        if not on_lane:
-            break
-        if fresh:
-            lanes = torch.tensor(fresh, device=model.device)
-            entering = [on_lane[lane] for lane in fresh]
-            offset[lanes] = lanes.new_tensor([len(chain.prompt) - 1 for chain in entering])
-            last_prompt_token[lanes] = lanes.new_tensor([chain.prompt[-1] for chain in entering])
-            reference.load_chains(
-                state, lanes, lanes.new_tensor([chain.number for chain in entering])
-            )
-            reference.begin(state, config, lanes)
+    def __init__(
+        self,
+        model: LaneModel,
+        config: PowerSamplingConfig,
+        eos: tuple[int, ...],
+        rules: Rules | None = None,
+    ) -> None:
+        self.model, self._config = model, config
+        self._state = lane_state.init_lanes(
+            model.num_lanes, config, eos, state_device(model.device), rules
+        )
+        self._transition = transition_of(self._state)
+        self._seed = self._state.seed.to(model.device)
+        self._sampling: dict[str, Any] = {
+            "alpha": config.proposal_power,
+            "entropy": True,
+            "top_k": config.top_k,
+            "top_p": config.top_p,
+            "min_p": config.min_p,
+        }
+        self._loop = self._make_loop()
 
+    def _make_loop(self) -> DeviceLoop | HostLoop:
+        wanted, device = self._config.device_loop, self.model.device
+        if wanted is not False:
+            reason = why_no_graph_loop(device)
+            if reason is None and self._state.go.device.type != device.type:
+                reason = "the lanes' transitions are made on the CPU"
+            if reason is None:
+                try:
+                    # With all lanes idle a tick leaves the state as it is.
+                    return DeviceLoop(capture(self._tick), self._state.go)
+                except (CaptureError, ValueError) as error:
+                    reason = str(error)
+            if wanted:
+                raise CaptureError(f"device_loop is True, but {reason}")
+            if device.type == "cuda":
+                warn_once(f"the host drives the sampler's loop: {reason}")
+        return HostLoop(self._tick, self._state.go)
+
+    def run(
+        self,
+        chains: Sequence[Chain],
+        stats: SamplerStats,
+        on_tick: Callable[[], None] | None = None,
+        *,
+        seed: int | None = None,
+    ) -> Generator[FinishedChain, None, None]:
+        """Run chains on the lanes and yield each as it finishes.
+
+        A chain's result depends on its prompt, its number and the settings, not on its lane, on
+        when it starts, on what the other lanes do or on how many of them work on it.
+
+        Args:
+            chains: what to run.
+            stats: counted up while it runs.
+            on_tick: called every now and then.
+            seed: key of the Philox streams; None is the config's.
+
+        Raises:
+            FloatingPointError: the model's logits hold NaN or +inf.
+            KeyboardInterrupt: in a tick or in `on_tick`, after what was finished has been yielded.
+        """
+        run = _Run(self.model, self._config, self._state, chains, stats)
+        lane_state.reset_lanes(self._state, self._config.seed if seed is None else seed)
+        self._seed.copy_(self._state.seed)
+        while run.admit():
+            self._transition(None)
+            self._move()
+            interrupt = None
+            before, ticks_before = time.perf_counter(), stats.model_steps
+
+            def progress(ticks: int, before: float = before, first: int = ticks_before) -> None:
+                run.progress(first + ticks, time.perf_counter() - before)
+                if on_tick is not None:
+                    on_tick()
+
+            try:
+                ticks = self._loop.run(on_progress=progress)
+                run.progress(ticks_before + ticks, time.perf_counter() - before)
+            except KeyboardInterrupt as error:
+                interrupt = error
+            yield from run.finished()
+            if interrupt is not None:
+                raise interrupt
+            if on_tick is not None:
+                on_tick()
+
+    def _tick(self) -> None:
+        """One model step and one token on every lane, and what follows from it."""
+        state, model = self._state, self.model
+        to_model = functools.partial(torch.Tensor.to, device=model.device)
+        logits = model.step(to_model(state.fed), to_model(state.position))
+        drawn = sample_tokens(
+            logits,
+            seed=self._seed,
+            counters=to_model(state.counters),
+            banned=to_model(state.ban),
+            **self._sampling,
+        )
+        if state.fed.device != model.device:
+            columns: list[Any] = [
+                column.to(state.fed.device) for column in drawn if column is not None
+            ]
+            drawn = TokenSamples(*columns)
+        self._transition(drawn)
+        self._move()
+
+    def _move(self) -> None:
+        moves = self._state.moves
+        if moves.device.type == "cpu" and not bool(moves[:, lane_state.COUNT].any()):
+            return
+        to_model = functools.partial(torch.Tensor.to, device=self.model.device)
+        self.model.move(to_model(moves), to_model(self._state.offset))
+
+
+class _Run:
+    """One list of chains on its way through the lanes."""
+
+    def __init__(
+        self,
+        model: LaneModel,
+        config: PowerSamplingConfig,
+        state: LaneState,
+        chains: Sequence[Chain],
+        stats: SamplerStats,
+    ) -> None:
+        self._model, self._config, self._state, self._stats = model, config, state, stats
+        self._waiting = deque(chains)
+        self._idle = list(range(model.num_lanes))[::-1]
+        self._in_slot: dict[int, Chain] = {}
+        self._started = time.perf_counter()
+        self._model_seconds = 0.0  # of the launches before
+        stats.num_chains, stats.num_lanes = len(chains), model.num_lanes
+
+    def admit(self) -> bool:
+        """Give idle lanes something to do; whether any chain is running."""
+        lanes, chains = [], []
+        while self._idle and self._waiting:
+            lanes.append(self._idle.pop())
+            chains.append(self._waiting.popleft())
         before = time.perf_counter()
-        through = _tick(model, state, config, offset, last_prompt_token)
-        stats.model_steps += 1
-        stats.busy_lanes = len(on_lane)
-        stats.decoded_tokens += len(on_lane)
-        now = time.perf_counter()
-        stats.model_seconds += now - before
-        stats.seconds = now - started
+        for lane, chain in zip(lanes, chains, strict=True):
+            self._model.prefill(lane, chain.prompt)
+            self._in_slot[lane] = chain
+        self._stats.prefill_seconds += time.perf_counter() - before
+        if lanes:
+            lane_state.load_chains(self._state, lanes, [chain.number for chain in chains])
+            prompts = [chain.prompt for chain in chains]
+            lane_state.join_chains(self._state, lanes, lanes, prompts)
+        if self._config.prefetch and self._idle and self._in_slot:
+            self._share_idle_lanes()
+        self._model_seconds = self._stats.model_seconds
+        return bool(self._in_slot)
 
-        if through.numel():
-            accepted, first, last = reference.commit(state, through)
-            at = offset[through]
-            model.commit(*(x[accepted] for x in (through, first + at, last + at)))
-            model.restore(*(x[~accepted] for x in (through, first + at, last + at)))
-            done = reference.begin(state, config, through)
-            finished = _collect(state, done, [on_lane.pop(lane) for lane in done.tolist()])
-            idle.extend(done.tolist())
-            _count(stats, finished)
-            yield from finished
-            stats.fraction_done = _fraction_done(state, config, stats)
-        if on_tick is not None:
-            on_tick()
+    def _share_idle_lanes(self) -> None:
+        """Idle lanes go to the chains that have the fewest, and get the prompt from there."""
+        state = self._state
+        lanes_of = Counter(state.lanes[:, lane_state.SLOT].tolist())
+        fewest = [(lanes_of[slot], slot) for slot in self._in_slot]
+        heapq.heapify(fewest)
+        slots = []
+        for _ in self._idle:
+            count, slot = fewest[0]
+            heapq.heapreplace(fewest, (count + 1, slot))
+            slots.append(slot)
+        prompts = [self._in_slot[slot].prompt for slot in slots]
+        lane_state.join_chains(state, self._idle, slots, prompts)
+        moves = torch.zeros(state.moves.shape, dtype=torch.int64)
+        # A chain's first lane has the number of its slot.
+        offset = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        columns = (torch.tensor(slots), torch.full_like(offset, CURRENT), -offset, offset)
+        moves[torch.tensor(self._idle)] = torch.stack(columns, dim=1)
+        self._idle.clear()
+        self._model.move(moves.to(self._model.device), state.offset.to(self._model.device))
+
+    def progress(self, ticks: int, seconds: float) -> None:
+        """Count `ticks` of the run, the last `seconds` of them since the last `admit`."""
+        stats = self._stats
+        stats.model_steps = ticks
+        stats.model_seconds = self._model_seconds + seconds
+        stats.seconds = time.perf_counter() - self._started
+        if self._state.totals.device.type == "cpu":  # elsewhere reading would wait for the device
+            self._read_totals()
+            self._estimate()
+
+    def _read_totals(self) -> list[int]:
+        totals = self._state.totals.tolist()
+        self._stats.decoded_tokens = totals[lane_state.NUM_DECODED]
+        self._stats.busy_lanes = totals[lane_state.NUM_BUSY]
+        return totals
+
+    def finished(self) -> list[FinishedChain]:
+        """The chains that are finished, out of their slots."""
+        totals, state = self._read_totals(), self._state
+        if totals[lane_state.BAD]:
+            raise FloatingPointError(
+                "the model's logits must be finite or -inf: a row holds NaN, +inf or nothing but "
+                "-inf"
+            )
+        if not totals[lane_state.NUM_FINISHED]:
+            return []
+        status = state.slots[:, lane_state.STATUS]
+        slots = (status == lane_state.FINISHED).nonzero()[:, 0].tolist()
+        found = collect(state, slots, [self._in_slot.pop(slot).place for slot in slots])
+        self._idle.extend(lane_state.release_slots(state, slots))
+        self._count(found)
+        return found
+
+    def _count(self, found: list[FinishedChain]) -> None:
+        stats = self._stats
+        for chain in found:
+            stats.finished_chains += 1
+            stats.kept_tokens += chain.tokens.numel()
+            stats.used_tokens += chain.decoded_tokens
+            stats.transitions += chain.trace.shape[0]
+            stats.accepted_transitions += int(chain.trace[:, TRACE_FIELDS.index("accepted")].sum())
+        self._estimate()
+
+    def _estimate(self) -> None:
+        # A proposal of the k-th block counts k times as long as one of the first.
+        stats = self._stats
+        running = self._state.slots[:, lane_state.STATUS] == lane_state.RUNNING
+        made = self._state.slots[running, lane_state.NEXT_ITEM].double() / self._state.num_items
+        share = float(made.square().sum())
+        stats.fraction_done = (stats.finished_chains + share) / stats.num_chains
 
 
-def _tick(
-    model: LaneModel,
-    state: reference.LaneState,
-    config: PowerSamplingConfig,
-    offset: Tensor,
-    last_prompt_token: Tensor,
-) -> Tensor:
-    """One model step and one token on every lane; returns the lanes that are through, int64 [F]."""
-    cursor = state.cursor
-    previous = state.tokens[reference.WORKING].gather(1, (cursor - 1).clamp(min=0)[:, None])[:, 0]
-    fed = torch.where(cursor == 0, last_prompt_token, previous)
-    logits = model.step(fed, offset + cursor)
-    banned = torch.where(cursor == state.divergence, state.banned, -1)
-    samples = sample_tokens(
-        logits,
-        alpha=config.proposal_power,
-        seed=state.seed,
-        counters=token_counters(cursor, _draw_number(state), state.chain),
-        banned=banned,
-        entropy=True,
-    )
-    if bool(((samples.token < 0) & (state.phase != reference.IDLE)).any()):
-        raise FloatingPointError(
-            "the model's logits must be finite or -inf: a row holds NaN, +inf or nothing but -inf"
+def collect(state: LaneState, slots: Sequence[int], places: Sequence[int]) -> list[FinishedChain]:
+    """The chains that are finished in the slots."""
+    chains = state.slots[torch.tensor(slots)].cpu()
+    lanes = chains[:, lane_state.NEWEST].to(state.lanes.device)
+    tokens = state.tokens[CURRENT, lanes].cpu()
+    scores = state.scores[CURRENT, lanes].float().cpu()
+    items = state.trace[torch.tensor(slots)].cpu()
+    is_transition = torch.arange(items.shape[1]) % state.rules.items_per_block != 0
+    decoded = items[:, :, TRACE_FIELDS.index("decoded")]
+    found = []
+    for i, (place, chain) in enumerate(zip(places, chains.tolist(), strict=True)):
+        n, end = chain[lane_state.NEWEST_LENGTH], chain[lane_state.END_ITEM]
+        found.append(
+            FinishedChain(
+                place=place,
+                tokens=tokens[i, :n],
+                log_prob=scores[i, :n, lane_state.LOG_PROB],
+                log_q=scores[i, :n, lane_state.LOG_Q],
+                entropy=scores[i, :n, lane_state.ENTROPY],
+                ended=bool(chain[lane_state.ENDED]),
+                decoded_tokens=int(decoded[i, :end].sum()),
+                trace=items[i, :end][is_transition[:end]],
+            )
         )
-    return reference.append(state, config, samples)
-
-
-def _draw_number(state: reference.LaneState) -> Tensor:
-    """The step word of a token's counter: 0 while a block is extended, else the transition's."""
-    extending = state.phase == reference.EXTEND
-    return torch.where(extending, torch.zeros_like(state.transition), state.transition)
-
-
-def _fraction_done(
-    state: reference.LaneState, config: PowerSamplingConfig, stats: SamplerStats
-) -> float:
-    """Work done, counting a proposal of the k-th block k times as long as one of the first."""
-    blocks = state.block_limits.numel()
-    steps = blocks * max(config.num_mcmc_steps, 1)
-    made = state.transition if config.num_mcmc_steps else state.block.clamp(min=0)
-    made = made[state.phase != reference.IDLE].double() / steps
-    share = made.square() if config.num_mcmc_steps else made
-    return (stats.finished_chains + float(share.sum())) / stats.num_chains
-
-
-def _collect(state: reference.LaneState, lanes: Tensor, chains: list[Chain]) -> list[FinishedChain]:
-    current = reference.CURRENT
-    lengths = state.length[lanes].tolist()
-    tokens = state.tokens[current, lanes].cpu()
-    log_prob = state.scores[current, lanes, :, reference.LOG_PROB].float().cpu()
-    entropy = state.scores[current, lanes, :, reference.ENTROPY].float().cpu()
-    ended, decoded = state.ended[lanes].tolist(), state.decoded[lanes].tolist()
-    trace = state.trace[lanes].cpu()
-    return [
-        FinishedChain(
-            slot=chain.slot,
-            tokens=tokens[i, :n],
-            log_prob=log_prob[i, :n],
-            entropy=entropy[i, :n],
-            ended=ended[i],
-            decoded_tokens=decoded[i],
-            trace=trace[i],
-        )
-        for i, (chain, n) in enumerate(zip(chains, lengths, strict=True))
-    ]
-
-
-def _count(stats: SamplerStats, finished: list[FinishedChain]) -> None:
-    accepted = reference.TRACE_FIELDS.index("accepted")
-    for chain in finished:
-        stats.finished_chains += 1
-        stats.kept_tokens += chain.tokens.numel()
-        stats.transitions += chain.trace.shape[0]
-        stats.accepted_transitions += int(chain.trace[:, accepted].sum())
+    return found

@@ -25,12 +25,23 @@ class PackedLinears:
 
     def __init__(self, model: nn.Module) -> None:
         self._forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
+        self._packed_from: dict[nn.Linear, Fingerprint] = {}
         if not _available():
             return
         for module in model.modules():
             # A subclass or a hook may do more than the product.
             if type(module) is nn.Linear and _packable(module):
-                self._forwards[module] = _packed_forward(module)
+                self._pack(module)
+
+    def _pack(self, module: nn.Linear) -> None:
+        self._packed_from[module] = _fingerprint(module)
+        self._forwards[module] = _packed_forward(module)
+
+    def refresh(self) -> None:
+        """Pack again what has changed since, in whatever way: a version counter misses some."""
+        for module, before in self._packed_from.items():
+            if _fingerprint(module) != before:
+                self._pack(module)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -57,6 +68,25 @@ def _packable(module: nn.Linear) -> bool:
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return weight.dtype == torch.float32
+
+
+# Address, and the sum of the bits as integers, of the weight and of the bias.
+Fingerprint = tuple[tuple[int, int], ...]
+
+
+def _fingerprint(module: nn.Linear) -> Fingerprint:
+    tensors = (module.weight, module.bias)
+    return tuple(
+        (tensor.data_ptr(), _sum_of_bits(tensor)) for tensor in tensors if tensor is not None
+    )
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    flat = tensor.detach().contiguous().flatten()
+    words = flat.numel() * flat.element_size() // 8 * 8 // flat.element_size()
+    total = int(flat[:words].view(torch.int64).sum()) if words else 0
+    integer = {2: torch.int16, 4: torch.int32}[flat.element_size()]
+    return total + int(flat[words:].view(integer).sum())
 
 
 def _packed_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:

@@ -1,273 +1,389 @@
-"""The state of all lanes and their transition, in plain torch: the truth for the kernels.
+"""A tick's transition on all lanes, one lane after another in plain Python: the truth.
 
-A lane is a row of a static batch. It holds one chain; its *working* copy of the completion is what
-is being written, its *current* copy is the chain's state. Every lane is at its own position and
-lanes never wait for one another. metropolis_hastings.py has the same transition for one chain, with
-the formulas; this file is the form in which many run at once.
+metropolis_hastings.py has the same transition for one chain, with the formulas; lane_state.py says
+what lanes, slots and items are. kernels.py and csrc/cpu/lane_transition.cpp are this file in Triton
+and C++, with the same bits.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import fields
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from powerkernels.logprob import TokenSamples
-from powerkernels.power_sampling.config import PowerSamplingConfig
-from powerkernels.power_sampling.metropolis_hastings import match_draws, transition_draws
-
-# Phases of a lane.
-IDLE, EXTEND, PROPOSE = 0, 1, 2
-# First index of `tokens`, `scores`, `w_cumsum`: the two copies of a completion.
-WORKING, CURRENT = 0, 1
-# Last index of `scores`.
-LOG_PROB, LOG_Q, ENTROPY, NUM_SCORES = 0, 1, 2, 3
-# Last index of `trace`.
-TRACE_FIELDS = ("block", "cut", "length", "accepted", "log_accept_ratio", "log_likelihood")
-
-
-@dataclass(frozen=True)
-class LaneState:
-    """Static tensors, written in place. C lanes, L = max_new_tokens, M = transitions of a chain."""
-
-    chain: Tensor  # int64 [C], last word of the Philox counters
-    phase: Tensor  # int64 [C]
-    block: Tensor  # int64 [C], -1 before the first
-    length: Tensor  # int64 [C], tokens of the current completion
-    ended: Tensor  # bool [C], the current completion ends with EOS
-    cursor: Tensor  # int64 [C], completion position whose token is drawn next
-    divergence: Tensor  # int64 [C], first position written since the last commit
-    banned: Tensor  # int64 [C], token excluded at `divergence`, -1 for none
-    transition: Tensor  # int64 [C], number of the transition under way or last made, from 1
-    cut: Tensor  # int64 [C]
-    log_u: Tensor  # float64 [C]
-    decoded: Tensor  # int64 [C], tokens the model decoded for this chain
-    tokens: Tensor  # int64 [2, C, L]
-    scores: Tensor  # float64 [2, C, L, NUM_SCORES]
-    w_cumsum: Tensor  # float64 [2, C, L + 1]
-    trace: Tensor  # float64 [C, M, len(TRACE_FIELDS)]
-    block_limits: Tensor  # int64 [number of blocks]
-    log_int: Tensor  # float64 [L + 1], log of 0, 1, … L
-    eos: Tensor  # int64 [number of EOS tokens]
-    seed: Tensor  # int64 [1]
-
-    @property
-    def limit(self) -> Tensor:
-        """int64 [C], the length limit of each lane's block; 0 before the first."""
-        limits = self.block_limits[self.block.clamp(min=0)]
-        return torch.where(self.block < 0, torch.zeros_like(limits), limits)
-
-
-def init_lanes(
-    num_lanes: int, config: PowerSamplingConfig, eos: tuple[int, ...], device: torch.device
-) -> LaneState:
-    """All lanes idle. Memory: about 80 bytes per lane and token of `max_new_tokens`."""
-    limits = config.block_limits
-    length = config.max_new_tokens
-    num_transitions = len(limits) * config.num_mcmc_steps
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    log_int = [-math.inf, *(math.log(n) for n in range(1, length + 1))]
-    # A seed of 2^63 and more keeps its bits.
-    seed = config.seed - 2**64 if config.seed >= 2**63 else config.seed
-    return LaneState(
-        chain=zeros(num_lanes),
-        phase=zeros(num_lanes),
-        block=zeros(num_lanes),
-        length=zeros(num_lanes),
-        ended=zeros(num_lanes, dtype=torch.bool),
-        cursor=zeros(num_lanes),
-        divergence=zeros(num_lanes),
-        banned=zeros(num_lanes) - 1,
-        transition=zeros(num_lanes),
-        cut=zeros(num_lanes),
-        log_u=zeros(num_lanes, dtype=torch.float64),
-        decoded=zeros(num_lanes),
-        tokens=zeros(2, num_lanes, length),
-        scores=zeros(2, num_lanes, length, NUM_SCORES, dtype=torch.float64),
-        w_cumsum=zeros(2, num_lanes, length + 1, dtype=torch.float64),
-        trace=zeros(num_lanes, num_transitions, len(TRACE_FIELDS), dtype=torch.float64),
-        block_limits=torch.tensor(limits, device=device),
-        log_int=torch.tensor(log_int, dtype=torch.float64, device=device),
-        eos=torch.tensor(eos, dtype=torch.int64, device=device),
-        seed=torch.tensor([seed], dtype=torch.int64, device=device),
-    )
+from powerkernels.power_sampling.lane_state import (
+    AGREE,
+    BAD,
+    BANNED,
+    CHAIN,
+    CURRENT,
+    CURSOR,
+    CUT,
+    DIVERGENCE,
+    END_ITEM,
+    ENDED,
+    EXTEND,
+    FINISHED,
+    IDLE,
+    ITEM,
+    LENGTH,
+    LIMIT,
+    LOG_PROB_SUM,
+    LOG_Q,
+    NEWEST,
+    NEWEST_LENGTH,
+    NEXT_ITEM,
+    NUM_BUSY,
+    NUM_DECODED,
+    NUM_FINISHED,
+    NUM_RUNNING,
+    PHASE,
+    PROMPT_TOKEN,
+    PROPOSE,
+    RUNNING,
+    SLOT,
+    STATUS,
+    WAIT,
+    WORKING,
+    WRITTEN,
+    LaneState,
+)
+from powerkernels.power_sampling.metropolis_hastings import (
+    TOKEN_DRAW,
+    match_draws,
+    token_weight,
+    transition_draws,
+)
 
 
-def load_chains(state: LaneState, lane: Tensor, chain: Tensor) -> None:
-    """Put new chains (int64 [F]), without any token yet, on idle lanes [F]; `begin` starts them."""
-    state.chain[lane] = chain
-    state.block[lane] = -1
-    for field in (state.length, state.ended, state.transition, state.decoded):
-        field[lane] = 0
-    state.w_cumsum[:, lane, 0] = 0.0
+class Source(NamedTuple):
+    """Where the newest state of a chain lies at a moment of a transition."""
+
+    lane: int
+    copy: int
 
 
-def append(state: LaneState, config: PowerSamplingConfig, samples: TokenSamples) -> Tensor:
-    """Write one drawn token per lane and say which lanes are through with what they were doing.
+def transition(state: LaneState, drawn: TokenSamples | None) -> None:
+    """Append the drawn tokens, accept or reject what is complete, begin what comes next.
 
     Args:
-        samples: one token per lane with its entropy [C]. Rows of idle lanes are ignored.
-
-    Returns:
-        int64 [F], the lanes that have a complete completion or a proposal that cannot be accepted.
+        state: on a CPU. Written in place: everything but its constants.
+        drawn: a token per lane with its entropy [C]; rows of lanes without an item are ignored.
+            None appends nothing: lanes that wait, those of new chains too, are given items.
     """
-    token = samples.token
-    assert samples.entropy is not None
-    active = state.phase != IDLE
-    lane = torch.arange(token.shape[0], device=token.device)
-    log_prob, log_z = samples.log_prob.double(), samples.log_z.double()
-    alpha, s = float(config.alpha), config.proposal_power
-    w = log_z if s == alpha else log_z + (alpha - s) * log_prob
-    if 1.0 <= s <= alpha:
-        w = w.clamp(max=0.0)
-    log_q = s * log_prob - log_z
+    _Transition(state, drawn).run()
 
-    # An idle lane's working copy is nobody's: what lands there is never read.
-    t = state.cursor
-    state.tokens[WORKING, lane, t] = token
-    state.scores[WORKING, lane, t] = torch.stack(
-        (log_prob, log_q, samples.entropy.double()), dim=-1
-    )
-    w_sum = state.w_cumsum[WORKING, lane, t] + w
-    state.w_cumsum[WORKING, lane, t + 1] = w_sum
-    state.decoded.add_(active)
-    length = t + 1
-    through = (length == state.limit) | torch.isin(token, state.eos)
-    if config.can_reject_early:
-        through |= (state.phase == PROPOSE) & (
-            _log_accept_ratio(state, lane, length) <= state.log_u
+
+class _Transition:
+    def __init__(self, state: LaneState, drawn: TokenSamples | None) -> None:
+        self.rules = state.rules
+        # Views of the same memory; numpy's scalars are quicker to reach than torch's.
+        for field in fields(state):
+            value = getattr(state, field.name)
+            if isinstance(value, Tensor):
+                setattr(self, field.name, value.numpy())
+        self.eos_tokens = set(state.eos.tolist())
+        self.seed_tensor = state.seed
+        self.drawn = None if drawn is None else _Drawn.of(drawn)
+        self.through: dict[int, tuple[float, bool]] = {}  # lane: (log r or its bound, complete)
+
+    lanes: np.ndarray
+    slots: np.ndarray
+    offset: np.ndarray
+    log_u: np.ndarray
+    tokens: np.ndarray
+    scores: np.ndarray
+    w_sum: np.ndarray
+    trace: np.ndarray
+    fed: np.ndarray
+    position: np.ndarray
+    counters: np.ndarray
+    ban: np.ndarray
+    moves: np.ndarray
+    totals: np.ndarray
+    go: np.ndarray
+    block_limits: np.ndarray
+    log_int: np.ndarray
+
+    def run(self) -> None:
+        self.moves[:] = 0
+        members: dict[int, list[int]] = {}
+        for lane, slot in enumerate(self.lanes[:, SLOT]):
+            if slot >= 0:
+                members.setdefault(int(slot), []).append(lane)
+        for slot, lanes in members.items():
+            if self.slots[slot, STATUS] == RUNNING:
+                self._advance(slot, lanes)
+        for lane in range(len(self.lanes)):
+            self._move(lane)
+        for lane in range(len(self.lanes)):
+            self._prepare_step(lane)
+        status, phase = self.slots[:, STATUS], self.lanes[:, PHASE]
+        self.totals[NUM_FINISHED] = (status == FINISHED).sum()
+        self.totals[NUM_RUNNING] = (status == RUNNING).sum()
+        self.totals[NUM_BUSY] = (phase >= EXTEND).sum()
+        bad, finished, running = self.totals[[BAD, NUM_FINISHED, NUM_RUNNING]]
+        self.go[0] = running > 0 and finished == 0 and bad == 0
+
+    def _advance(self, slot: int, lanes: list[int]) -> None:
+        if self.drawn is not None:
+            for lane in lanes:
+                if self.lanes[lane, PHASE] >= EXTEND:
+                    self._append(lane)
+        source = self._resolve(slot, lanes)
+        for lane in lanes:
+            if self.lanes[lane, PHASE] == WAIT:
+                self._begin(slot, lane, lanes, source)
+        busy = any(self.lanes[lane, PHASE] >= EXTEND for lane in lanes)
+        if not busy and self.slots[slot, NEXT_ITEM] >= self.slots[slot, END_ITEM]:
+            self.slots[slot, STATUS] = FINISHED
+            for lane in lanes:
+                self.lanes[lane, PHASE] = IDLE
+
+    def _append(self, lane: int) -> None:
+        """Write the drawn token; note whether the item is through."""
+        assert self.drawn is not None
+        me, rules = self.lanes[lane], self.rules
+        token = int(self.drawn.token[lane])
+        log_prob, log_z = float(self.drawn.log_prob[lane]), float(self.drawn.log_z[lane])
+        s = rules.proposal_power
+        w = token_weight(log_prob, log_z, alpha=rules.alpha, proposal_power=s)
+        if token < 0:
+            self.totals[BAD] = 1
+        self.totals[NUM_DECODED] += 1
+        t = int(me[CURSOR])
+        before = self.scores[WORKING, lane, t - 1, LOG_PROB_SUM] if t else 0.0
+        self.tokens[WORKING, lane, t] = token
+        self.scores[WORKING, lane, t] = (
+            log_prob,
+            s * log_prob - log_z,
+            self.drawn.entropy[lane],
+            before + log_prob,
         )
-    through &= active
-    # The cursor of a lane that is through stays where it is until `commit`.
-    state.cursor.copy_(torch.where(through | ~active, t, length))
-    return through.nonzero()[:, 0]
+        self.w_sum[WORKING, lane, t + 1] = self.w_sum[WORKING, lane, t] + w
+        me[WRITTEN] = length = t + 1
+        complete = token in self.eos_tokens or length == me[LIMIT]
+        if me[PHASE] == EXTEND:
+            if complete:
+                self.through[lane] = (0.0, True)
+        elif complete:
+            self.through[lane] = (self._log_accept_ratio(lane, length), True)
+        elif rules.early_rejection:
+            bound = self._log_accept_bound(lane, length)
+            if bound <= self.log_u[lane]:
+                self.through[lane] = (bound, False)
+        if lane not in self.through:
+            me[CURSOR] = length
 
+    def _log_accept_ratio(self, lane: int, length: int) -> float:
+        """log r of a complete proposal of `length` tokens.
 
-def commit(state: LaneState, lane: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Accept or reject on the lanes that are through: one copy becomes the other.
+        The two prefix sums are equal up to the divergence, so their difference is that of the
+        redrawn parts.
+        """
+        n = int(self.lanes[lane, LENGTH])
+        if self.rules.truncated_sum:
+            n = min(n, length)
+        return self._ratio(lane, length, n)
 
-    Args:
-        lane: int64 [F], from `append`.
+    def _log_accept_bound(self, lane: int, length: int) -> float:
+        """What log r cannot exceed, `length` tokens into the proposal.
 
-    Returns:
-        (accepted bool [F], first int64 [F], last int64 [F]): the completion positions first..last
-        are those in which the two copies differed.
-    """
-    first, last = state.divergence[lane], state.cursor[lane]
-    length = last + 1
-    token = state.tokens[WORKING, lane, last]
-    proposing = state.phase[lane] == PROPOSE
-    ended = torch.isin(token, state.eos)
-    log_r = _log_accept_ratio(state, lane, length)
-    # A proposal that is not complete is here because its bound fell to log u.
-    accepted = ~proposing | (state.log_u[lane] < log_r)
+        Each term only falls while a proposal grows, in floating point too.
+        """
+        return self._ratio(lane, length, int(self.lanes[lane, LENGTH]))
 
-    source = torch.where(accepted, WORKING, CURRENT)
-    position = torch.arange(state.tokens.shape[-1], device=lane.device)
-    changed = (position >= first[:, None]) & (position <= last[:, None])
-    row, column = changed.nonzero(as_tuple=True)
-    at = lane[row]
-    source = source[row]
-    state.tokens[1 - source, at, column] = state.tokens[source, at, column]
-    state.scores[1 - source, at, column] = state.scores[source, at, column]
-    state.w_cumsum[1 - source, at, column + 1] = state.w_cumsum[source, at, column + 1]
-    state.length[lane] = torch.where(accepted, length, state.length[lane])
-    state.ended[lane] = torch.where(accepted, ended, state.ended[lane])
+    def _ratio(self, lane: int, length: int, n: int) -> float:
+        ratio = self.w_sum[WORKING, lane, length] - self.w_sum[CURRENT, lane, n]
+        if self.rules.length_term:
+            ratio = (ratio + self.log_int[n]) - self.log_int[length]
+        return float(ratio)
 
-    _record(state, lane[proposing], accepted[proposing], log_r[proposing])
-    return accepted, first, last
+    def _resolve(self, slot: int, lanes: list[int]) -> Source:
+        """Reject and accept what is through, first item first; returns the newest state."""
+        chain = self.slots[slot]
+        winner = -1
+        for lane in lanes:
+            is_first = winner < 0 or self.lanes[lane, ITEM] < self.lanes[winner, ITEM]
+            if lane in self.through and is_first and self._is_accepted(lane):
+                winner = lane
+        for lane in lanes:
+            earlier = winner < 0 or self.lanes[lane, ITEM] < self.lanes[winner, ITEM]
+            if lane in self.through and earlier:
+                n = int(self.lanes[lane, LENGTH])
+                self._record(slot, lane, Source(lane, CURRENT), n, accepted=False)
+                self._drop(lane)
+        if winner < 0:
+            return Source(int(chain[NEWEST]), CURRENT)
 
+        me = self.lanes[winner]
+        first, length, item = int(me[DIVERGENCE]), int(me[WRITTEN]), int(me[ITEM])
+        self._record(slot, winner, Source(winner, WORKING), length, accepted=True)
+        split = min(first, int(me[AGREE]))
+        for lane in lanes:
+            other = self.lanes[lane]
+            if lane == winner:
+                continue
+            # What was begun after this item was begun from another state.
+            if other[PHASE] >= EXTEND and other[ITEM] > item:
+                self._drop(lane)
+            other[AGREE] = min(other[AGREE], split)
+        self.moves[winner] = (winner, WORKING, first, length - first)
+        me[PHASE] = WAIT
+        me[LENGTH] = me[AGREE] = me[DIVERGENCE] = length
+        chain[NEWEST], chain[NEWEST_LENGTH] = winner, length
+        chain[ENDED] = int(self.tokens[WORKING, winner, length - 1]) in self.eos_tokens
+        chain[NEXT_ITEM], chain[END_ITEM] = item + 1, self.trace.shape[1]
+        return Source(winner, WORKING)
 
-def begin(state: LaneState, config: PowerSamplingConfig, lane: Tensor) -> Tensor:
-    """Start what comes next on lanes that are through or new: a proposal or the next block.
+    def _is_accepted(self, lane: int) -> bool:
+        log_r, complete = self.through[lane]
+        extends = self.lanes[lane, PHASE] == EXTEND
+        return bool(extends or (complete and self.log_u[lane] < log_r))
 
-    Args:
-        lane: int64 [F].
+    def _drop(self, lane: int) -> None:
+        self.lanes[lane, PHASE] = WAIT
 
-    Returns:
-        int64 [D], the lanes whose chain is finished; they are idle now.
-    """
-    done = []
-    while lane.numel():
-        # Transitions of a chain are numbered through its blocks, so this many ends the block.
-        block_over = state.transition[lane] == (state.block[lane] + 1) * config.num_mcmc_steps
-        over, lane = lane[block_over], lane[~block_over]
-        last = state.block[over] + 1 == state.block_limits.numel()
-        state.phase[over[last]] = IDLE
-        state.cursor[over[last]] = 0
-        done.append(over[last])
-        over = over[~last]
-        state.block[over] += 1
-        ended = state.ended[over]
-        extend = over[~ended]
-        state.phase[extend] = EXTEND
-        state.divergence[extend] = state.length[extend]
-        state.cursor[extend] = state.length[extend]
-        state.banned[extend] = -1
-        repeated = _begin_proposal(state, config, lane)
-        # A completion that has its EOS is not extended: its next block starts with a proposal. A
-        # proposal that repeats the completion entirely is accepted at no cost.
-        lane = torch.cat((over[ended], repeated))
-    return torch.cat(done) if done else lane
+    def _begin(self, slot: int, lane: int, lanes: list[int], source: Source) -> None:
+        """Give a lane the chain's next item that takes a model step, if there is one."""
+        chain, me, rules = self.slots[slot], self.lanes[lane], self.rules
+        # Nothing is known of the state behind an extension before it is there.
+        if any(self.lanes[other, PHASE] == EXTEND for other in lanes):
+            return
+        n = int(chain[NEWEST_LENGTH])
+        while chain[NEXT_ITEM] < chain[END_ITEM]:
+            item = int(chain[NEXT_ITEM])
+            block, number = divmod(item, rules.items_per_block)
+            limit = int(self.block_limits[block])
+            if number == 0 and block > 0 and chain[ENDED] and rules.stop_at_eos:
+                chain[END_ITEM] = item
+                return
+            chain[NEXT_ITEM] = item + 1
+            cut, log_u, divergence, banned, phase = 0, 0.0, n, -1, EXTEND
+            if number > 0:
+                phase = PROPOSE
+                cut, log_u, divergence = self._draw(chain, item, n, source)
+                if rules.shared_prefix_skip and divergence < n:
+                    banned = int(self.tokens[source.copy, source.lane, divergence])
+            if divergence == n and (number > 0 or chain[ENDED]):
+                # A proposal that repeats the whole completion, accepted at no cost, or a
+                # completion with its EOS, which is not extended.
+                self._record_item(slot, item, cut, n, True, 0.0, source, 0)
+                continue
+            if rules.growth_cap:
+                limit = n if number > 0 else min(n + rules.block_size, self.tokens.shape[2])
+            self._sync(lane, n, source)
+            me[PHASE], me[ITEM], me[CUT], me[LIMIT] = phase, item, cut, limit
+            me[CURSOR] = me[DIVERGENCE] = me[WRITTEN] = divergence
+            me[BANNED] = banned
+            self.log_u[lane] = log_u
+            return
 
-
-def _begin_proposal(state: LaneState, config: PowerSamplingConfig, lane: Tensor) -> Tensor:
-    """Draw cut and divergence. Returns the lanes whose proposal repeats the whole completion."""
-    if not lane.numel():
-        return lane
-    state.transition[lane] += 1
-    n, transition, chain = state.length[lane], state.transition[lane], state.chain[lane]
-    cut, log_u = transition_draws(n, transition, chain, seed=state.seed)
-    divergence, banned = cut, torch.full_like(cut, -1)
-    if config.shared_prefix_skip:
-        position = torch.arange(int(cut.min()), int(n.max()), device=lane.device)
-        grid = position.expand(lane.numel(), -1)
+    def _draw(self, chain: np.ndarray, item: int, n: int, source: Source) -> tuple[int, float, int]:
+        """Cut, log u and divergence of a proposal; the divergence is n if it repeats everything."""
+        number = torch.tensor([self._transition_number(item)])
+        chain_number = torch.tensor([int(chain[CHAIN])])
+        cut, log_u = transition_draws(
+            torch.tensor([n]), number, chain_number, seed=self.seed_tensor
+        )
+        m = int(cut)
+        if not self.rules.shared_prefix_skip:
+            return m, float(log_u), m
+        position = torch.arange(m, n)
         u = match_draws(
-            grid,
-            transition[:, None].expand_as(grid),
-            chain[:, None].expand_as(grid),
-            seed=state.seed,
+            position,
+            number.expand_as(position),
+            chain_number.expand_as(position),
+            seed=self.seed_tensor,
         )
-        log_q = state.scores[CURRENT, lane[:, None], grid, LOG_Q]
-        differs = (u >= log_q.exp()) & (grid >= cut[:, None]) & (grid < n[:, None])
-        found = differs.any(dim=1)
-        divergence = torch.where(found, position[0] + differs.int().argmax(dim=1), n)
-        banned = state.tokens[CURRENT, lane, divergence.clamp(max=n.max() - 1)]
-    state.cut[lane] = cut
-    state.log_u[lane] = log_u
-    state.divergence[lane] = divergence
-    state.banned[lane] = banned
-    repeats = divergence == n
-    state.cursor[lane] = torch.where(repeats, n - 1, divergence)
-    state.phase[lane] = PROPOSE
-    repeated = lane[repeats]
-    _record(state, repeated, torch.ones_like(repeated), torch.zeros_like(repeated))
-    return repeated
+        q = torch.from_numpy(self.scores[source.copy, source.lane, m:n, LOG_Q]).exp()
+        differs = (u >= q).nonzero()
+        return m, float(log_u), m + int(differs[0]) if differs.numel() else n
+
+    def _sync(self, lane: int, n: int, source: Source) -> None:
+        """Make both copies of a lane the newest state, n tokens."""
+        me = self.lanes[lane]
+        if me[AGREE] >= n:
+            # Its own current copy is: undo what was written.
+            first, last = int(me[DIVERGENCE]), min(int(me[WRITTEN]), n)
+            move = (lane, CURRENT, first, last - first)
+        else:
+            first = min(int(me[AGREE]), int(me[DIVERGENCE]))
+            move = (*source, first, n - first)
+        if move[3] > 0:
+            self.moves[lane] = move
+        me[LENGTH] = me[AGREE] = n
+
+    def _record(self, slot: int, lane: int, state: Source, length: int, accepted: bool) -> None:
+        """Write the trace of the item that a lane is through with."""
+        me = self.lanes[lane]
+        decoded = int(me[WRITTEN] - me[DIVERGENCE])
+        log_r, _ = self.through[lane]
+        self._record_item(
+            slot, int(me[ITEM]), int(me[CUT]), length, accepted, log_r, state, decoded
+        )
+
+    def _record_item(
+        self,
+        slot: int,
+        item: int,
+        cut: int,
+        length: int,
+        accepted: bool,
+        log_r: float,
+        state: Source,
+        decoded: int,
+    ) -> None:
+        log_likelihood = self.scores[state.copy, state.lane, length - 1, LOG_PROB_SUM]
+        block = item // self.rules.items_per_block
+        self.trace[slot, item] = (block, cut, length, accepted, log_r, log_likelihood, decoded)
+
+    def _transition_number(self, item: int) -> int:
+        """Number of a transition among the chain's, from 1; 0 for an extension."""
+        block, number = divmod(item, self.rules.items_per_block)
+        return block * self.rules.num_mcmc_steps + number if number else 0
+
+    def _move(self, lane: int) -> None:
+        """Do a lane's move to its tokens, scores and sums."""
+        source_lane, copy, first, count = map(int, self.moves[lane])
+        if count == 0:
+            return
+        at, after = slice(first, first + count), slice(first + 1, first + count + 1)
+        for target in (WORKING, CURRENT):
+            if (target, lane) != (copy, source_lane):
+                self.tokens[target, lane, at] = self.tokens[copy, source_lane, at]
+                self.scores[target, lane, at] = self.scores[copy, source_lane, at]
+                self.w_sum[target, lane, after] = self.w_sum[copy, source_lane, after]
+
+    def _prepare_step(self, lane: int) -> None:
+        """What the model is fed next. A lane without an item repeats the prompt's last token."""
+        me = self.lanes[lane]
+        busy = me[PHASE] >= EXTEND
+        cursor = int(me[CURSOR]) if busy else 0
+        self.fed[lane] = self.tokens[WORKING, lane, cursor - 1] if cursor else me[PROMPT_TOKEN]
+        self.position[lane] = self.offset[lane] + cursor
+        self.ban[lane] = me[BANNED] if busy and cursor == me[DIVERGENCE] else -1
+        number = self._transition_number(int(me[ITEM])) if busy else 0
+        chain = self.slots[me[SLOT], CHAIN] if busy else 0
+        self.counters[lane] = (TOKEN_DRAW, cursor, number, chain)
 
 
-def _log_accept_ratio(state: LaneState, lane: Tensor, length: Tensor) -> Tensor:
-    """log r float64 of the working copies taken as proposals of `length` tokens; lane, length [F].
+class _Drawn(NamedTuple):
+    token: np.ndarray
+    log_prob: np.ndarray
+    log_z: np.ndarray
+    entropy: np.ndarray
 
-    The two prefix sums are equal up to the divergence, so their difference is that of the redrawn
-    parts. For 1 <= s <= alpha each term only falls while a proposal grows, in floating point too:
-    before its end this is an upper bound.
-    """
-    n = state.length[lane]
-    proposal = state.w_cumsum[WORKING, lane, length]
-    return (proposal - state.w_cumsum[CURRENT, lane, n]) + state.log_int[n] - state.log_int[length]
-
-
-def _record(state: LaneState, lane: Tensor, accepted: Tensor, log_r: Tensor) -> None:
-    """Write the trace row of the transition that the lanes [F] have just made."""
-    n = state.length[lane]
-    log_prob = state.scores[CURRENT, lane, :, LOG_PROB]
-    inside = torch.arange(log_prob.shape[1], device=lane.device) < n[:, None]
-    log_likelihood = torch.where(inside, log_prob, 0.0).cumsum(dim=1)[:, -1]
-    fields = (state.block[lane], state.cut[lane], n, accepted, log_r, log_likelihood)
-    row = torch.stack([field.double() for field in fields], dim=-1)
-    state.trace[lane, state.transition[lane] - 1] = row
+    @classmethod
+    def of(cls, drawn: TokenSamples) -> _Drawn:
+        assert drawn.entropy is not None
+        return cls(
+            drawn.token.numpy(),
+            drawn.log_prob.double().numpy(),
+            drawn.log_z.double().numpy(),
+            drawn.entropy.double().numpy(),
+        )

@@ -7,18 +7,20 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from powerkernels.power_sampling.config import PowerSamplingConfig
-from powerkernels.power_sampling.engine import Chain, FinishedChain, SamplerStats, run_chains
+from powerkernels.power_sampling.engine import Chain, FinishedChain, LaneEngine, SamplerStats
 from powerkernels.power_sampling.lane_model import LaneModel, TransformersLaneModel
+from powerkernels.power_sampling.lane_state import TRACE_FIELDS
 from powerkernels.power_sampling.progress import ProgressLine
-from powerkernels.power_sampling.reference import TRACE_FIELDS
 
-DEFAULT_MAX_LANES = 16
+DEFAULT_MIN_LANES, DEFAULT_MAX_LANES = 8, 16
+# Lengths of the cache, so that prompts of other lengths find one that serves.
+LENGTH_STEP = 64
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]] | Tensor
 
@@ -32,6 +34,7 @@ class MHTrace(NamedTuple):
     accepted: Tensor  # bool
     log_accept_ratio: Tensor  # float64, log r, or its upper bound where rejected early
     log_likelihood: Tensor  # float64, log p of the completion after the transition, nats
+    decoded: Tensor  # int64, tokens that the model decoded for it
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,12 @@ class PowerSample:
         tokens: the completion's token ids, its EOS included.
         text: the completion decoded without special tokens; None without a tokenizer.
         log_prob: float32 [len(tokens)], log p(x_t | x_<t), nats.
+        log_q: float32 [len(tokens)], log q(x_t | x_<t) of the proposal, nats.
         log_likelihood: log p of the completion under the model itself (alpha = 1), nats.
         confidence: minus the mean entropy of the next-token distributions, nats; <= 0.
         acceptance_rate: accepted share of the transitions, 0 to 1; NaN without transitions.
-        decoded_tokens: tokens the model decoded for this chain, kept or not.
+        decoded_tokens: tokens the model decoded for this chain, kept or not; without those of
+            transitions that were made ahead and dropped.
         finish_reason: "stop" for an EOS, "length" for the limit.
         trace: the chain's transitions.
     """
@@ -56,6 +61,7 @@ class PowerSample:
     tokens: list[int]
     text: str | None
     log_prob: Tensor
+    log_q: Tensor
     log_likelihood: float
     confidence: float
     acceptance_rate: float
@@ -72,6 +78,9 @@ class PowerSampler:
             ``(num_lanes, max_length) -> LaneModel`` for a model of one's own.
         tokenizer: its tokenizer; needed for prompts that are text or chat messages.
         config: the settings.
+
+    What a model needs to run on lanes (its cache, packed weights, a CUDA graph) is kept from one
+    call to the next; `release` frees it. Between calls weights may change.
 
     Attributes:
         stats: counts of the last or current run.
@@ -98,12 +107,14 @@ class PowerSampler:
         self.tokenizer = tokenizer
         self.config = config
         self.stats = SamplerStats()
+        self._engine: LaneEngine | None = None
 
     def sample(
         self,
         prompts: Prompt | Sequence[Prompt],
         num_samples: int = 1,
         *,
+        seed: int | None = None,
         progress: bool | None = None,
     ) -> list[PowerSample]:
         """Draw `num_samples` completions of every prompt.
@@ -112,6 +123,7 @@ class PowerSampler:
             prompts: one prompt or several. A prompt is a string, a list of chat messages
                 (``{"role": …, "content": …}``) or a list of token ids.
             num_samples: chains per prompt, >= 1.
+            seed: of this call, 0 <= seed < 2^64; None is the config's.
             progress: a progress line on standard error; None shows it on a terminal only.
 
         Returns:
@@ -124,7 +136,7 @@ class PowerSampler:
         """
         samples: list[PowerSample] = []
         try:
-            for sample in self.iter_samples(prompts, num_samples, progress=progress):
+            for sample in self.iter_samples(prompts, num_samples, seed=seed, progress=progress):
                 samples.append(sample)  # what is finished survives an interrupt
         except KeyboardInterrupt:
             self.stats.interrupted = True
@@ -135,42 +147,46 @@ class PowerSampler:
         prompts: Prompt | Sequence[Prompt],
         num_samples: int = 1,
         *,
+        seed: int | None = None,
         progress: bool | None = None,
     ) -> Iterator[PowerSample]:
         """As `sample`, but yields each sample as soon as its chain has finished."""
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"num_samples must be an int >= 1, got {num_samples!r}")
+        config = self.config if seed is None else replace(self.config, seed=seed)
         encoded = [
             self._encode(prompt, f"prompts[{i}]") for i, prompt in enumerate(_as_list(prompts))
         ]
         if not encoded:
             raise ValueError("prompts must hold at least one prompt, got none")
         chains = _number_chains(encoded, num_samples)
-        num_lanes = self.config.num_lanes or min(len(chains), DEFAULT_MAX_LANES)
+        at_least = DEFAULT_MIN_LANES if self.config.prefetch else 1
+        num_lanes = self.config.num_lanes or min(max(len(chains), at_least), DEFAULT_MAX_LANES)
         # The last token of a completion is never fed.
         max_length = max(map(len, encoded)) + self.config.max_new_tokens - 1
         self._check_context(encoded)
         self.stats = SamplerStats()
-        return self._run(chains, num_lanes, max_length, num_samples, progress)
+        return self._run(chains, config.seed, num_lanes, max_length, num_samples, progress)
+
+    def release(self) -> None:
+        """Free the cache and what else is kept between calls."""
+        self._engine = None
 
     def _run(
         self,
         chains: list[Chain],
+        seed: int,
         num_lanes: int,
         max_length: int,
         num_samples: int,
         progress: bool | None,
     ) -> Iterator[PowerSample]:
         stats = self.stats
-        if isinstance(self.model, nn.Module):
-            model: Any = TransformersLaneModel(self.model, num_lanes, max_length)
-        else:
-            model = self.model(num_lanes, max_length)
-        running = getattr(model, "running", nullcontext)
+        engine = self._take_engine(num_lanes, max_length)
+        running = getattr(engine.model, "running", nullcontext)
+        stats = self.stats
         line = ProgressLine(stats, progress)
-        run = run_chains(
-            model, self.config, chains, eos=self._eos(), stats=stats, on_tick=line.update
-        )
+        run = engine.run(chains, stats, line.update, seed=seed)
         try:
             while True:
                 # Left before each yield: whoever takes the sample finds the model, and torch's
@@ -181,7 +197,29 @@ class PowerSampler:
                     return
                 yield self._sample(finished, num_samples)
         finally:
+            run.close()
             line.close()
+            if isinstance(engine.model, TransformersLaneModel):
+                self._engine = engine
+
+    def _take_engine(self, num_lanes: int, max_length: int) -> LaneEngine:
+        """The last run's engine if it serves, else a new one; nobody else has it meanwhile."""
+        engine, self._engine = self._engine, None
+        if not isinstance(self.model, nn.Module):
+            return LaneEngine(self.model(num_lanes, max_length), self.config, self._eos())
+        if engine is not None:
+            model = engine.model
+            assert isinstance(model, TransformersLaneModel)
+            if model.num_lanes == num_lanes and model.max_length >= max_length and model.refresh():
+                return engine
+            del engine, model  # before the next one asks for memory
+        rounded = -(-max_length // LENGTH_STEP) * LENGTH_STEP
+        context = self._context()
+        if context is not None:
+            rounded = max(min(rounded, context), max_length)
+        model = TransformersLaneModel(self.model, num_lanes, rounded, compile=self.config.compile)
+        with model.running():
+            return LaneEngine(model, self.config, self._eos())
 
     def _sample(self, finished: FinishedChain, num_samples: int) -> PowerSample:
         tokens = finished.tokens.tolist()
@@ -193,16 +231,18 @@ class PowerSampler:
             accepted=column["accepted"].bool(),
             log_accept_ratio=column["log_accept_ratio"].clone(),
             log_likelihood=column["log_likelihood"].clone(),
+            decoded=column["decoded"].long(),
         )
         text = None
         if self.tokenizer is not None:
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return PowerSample(
-            prompt_index=finished.slot // num_samples,
-            sample_index=finished.slot % num_samples,
+            prompt_index=finished.place // num_samples,
+            sample_index=finished.place % num_samples,
             tokens=tokens,
             text=text,
             log_prob=finished.log_prob.clone(),
+            log_q=finished.log_q.clone(),
             log_likelihood=float(finished.log_prob.double().sum()),
             confidence=-float(finished.entropy.double().mean()),
             acceptance_rate=float(trace.accepted.double().mean()),
@@ -249,9 +289,12 @@ class PowerSampler:
         config = getattr(self.model, "config", None)
         return None if config is None else config.get_text_config().vocab_size
 
+    def _context(self) -> int | None:
+        config: Any = getattr(self.model, "config", None)
+        return config and getattr(config.get_text_config(), "max_position_embeddings", None)
+
     def _check_context(self, prompts: list[tuple[int, ...]]) -> None:
-        config = getattr(self.model, "config", None)
-        context = config and getattr(config.get_text_config(), "max_position_embeddings", None)
+        context = self._context()
         for i, prompt in enumerate(prompts):
             if context and len(prompt) + self.config.max_new_tokens > context:
                 raise ValueError(

@@ -31,7 +31,8 @@ class Expectation:
     # A number: within 0.005 of it; a pair: bounds.
     exps_per_element: float | tuple[float, float] | None = None
     max_instructions_per_element: float | None = None
-    tensor_cores: bool = False  # those of the architecture: HMMA, HGMMA, UTCHMMA
+    # True: those of the architecture: HMMA, HGMMA, UTCHMMA; a name: that instruction.
+    tensor_cores: bool | str = False
     tma: bool = False
 
 
@@ -207,9 +208,11 @@ def failures(expected: Expectation, finding: Finding) -> list[str]:
         finding.instructions_per_element,
         expected.max_instructions_per_element,
     )
-    if expected.tensor_cores and TENSOR_CORES[code.arch] not in total.tensor_cores:
-        kinds = code.tensor_cores or "none"
-        found.append(f"tensor cores: {kinds}, not {TENSOR_CORES[code.arch]}")
+    wanted_kind = expected.tensor_cores
+    if wanted_kind:
+        kind = TENSOR_CORES[code.arch] if wanted_kind is True else wanted_kind
+        if kind not in total.tensor_cores:
+            found.append(f"tensor cores: {code.tensor_cores or 'none'}, not {kind}")
     if expected.tma and not total.tma_loads:
         found.append("no TMA load")
     return found

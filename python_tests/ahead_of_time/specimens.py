@@ -203,12 +203,98 @@ DRAW = Specimen(
         "log_z_ptr": "*fp32",
         "entropy_ptr": "*fp32",
     },
-    constexprs={"ENTROPY": True, "TWICE_ALPHA": ALPHA_4, "GROUPS": 32, "SLICES": 256},
+    constexprs={
+        "threshold_ptr": None,
+        "ENTROPY": True,
+        "TWICE_ALPHA": ALPHA_4,
+        "GROUPS": 32,
+        "SLICES": 256,
+    },
     aligned=("logits_ptr", "stride_logits", "vocab", "partials_ptr"),
     num_warps=4,
     options=EXACT,
     expected=Expectation(max_registers=128, max_shared=48 * 1024),
 )
+
+THRESHOLD = Specimen(
+    name="threshold bf16 top_k top_p α=4",
+    kernel=LOGPROB + "threshold_kernel",
+    signature={
+        "logits_ptr": "*bf16",
+        "stride_logits": "i64",
+        "vocab": "i32",
+        "alpha": "fp32",
+        "top_k": "i32",
+        "top_p": "fp32",
+        "top_p_drop": "fp32",
+        "min_p_drop": "fp32",
+        "partials_ptr": "*fp32",
+        "stride_row": "i32",
+        "num_slices": "i32",
+        "threshold_ptr": "*fp32",
+    },
+    constexprs={
+        "TOP_K": True,
+        "TOP_P": True,
+        "TWICE_ALPHA": ALPHA_4,
+        "SHIFT": 16,
+        "SLICES": 256,
+        "BLOCK": 8192,
+    },
+    aligned=("logits_ptr", "stride_logits", "vocab", "partials_ptr"),
+    num_warps=16,
+    options=EXACT,
+    element_bytes=2,
+    # 16 warps, a program a multiprocessor: the rows are fewer than those.
+    expected=Expectation(
+        vector_loads=True,
+        max_registers=128,
+        exps_per_element=1.0,
+        max_instructions_per_element=9.5,
+    ),
+)
+
+SUPPORT_SUMS = Specimen(
+    name="support_sums bf16 α=4",
+    kernel=LOGPROB + "support_sums_kernel",
+    signature={
+        "logits_ptr": "*bf16",
+        "stride_logits": "i64",
+        "vocab": "i32",
+        "alpha": "fp32",
+        "threshold_ptr": "*fp32",
+        "partials_ptr": "*fp32",
+        "stride_plane": "i32",
+        "stride_row": "i32",
+        "num_slices": "i32",
+    },
+    constexprs={"TWICE_ALPHA": ALPHA_4},
+    aligned=("logits_ptr", "stride_logits", "vocab", "partials_ptr"),
+    num_warps=1,
+    options=EXACT,
+    elements=1024,
+    # The narrow loads are the threshold and the slice's maximum.
+    expected=Expectation(
+        vector_loads=True,
+        scalar_loads=2,
+        max_registers=64,
+        min_resident_warps=32,
+        exps_per_element=1.0,
+    ),
+)
+
+
+def threshold(name: str, dtype: str = "bf16", exps: float = 1.0, **constexprs: Any) -> Specimen:
+    shift = {"bf16": 16, "fp16": 13, "fp32": 0}[dtype]
+    return replace(
+        THRESHOLD,
+        name=f"threshold {dtype} {name}",
+        signature={**THRESHOLD.signature, "logits_ptr": f"*{dtype}"},
+        constexprs={**THRESHOLD.constexprs, "SHIFT": shift, **constexprs},
+        expected=replace(THRESHOLD.expected, exps_per_element=exps),
+        element_bytes=4 if dtype == "fp32" else 2,
+    )
+
 
 # As powerkernels.linear_logprob.gpu.TILES has them.
 LINEAR_TILES = {
@@ -529,6 +615,233 @@ TOKEN_KERNELS: list[Specimen] = [
 ]
 
 
+ATTEND = Specimen(
+    name="attend bf16 64, 3 heads a group",
+    kernel="powerkernels.decode_attention.kernels:attend_kernel",
+    signature={
+        "query_ptr": "*bf16",
+        "query_stride_lane": "i32",
+        "query_stride_head": "i32",
+        "key_ptr": "*bf16",
+        "key_stride_lane": "i32",
+        "key_stride_head": "i32",
+        "key_stride_position": "i32",
+        "value_ptr": "*bf16",
+        "value_stride_lane": "i32",
+        "value_stride_head": "i32",
+        "value_stride_position": "i32",
+        "lengths_ptr": "*i64",
+        "kv_heads": "i32",
+        "num_positions": "i32",
+        "scale": "fp32",
+        "softcap": "fp32",
+        "window": "i32",
+        "stats_ptr": "*fp32",
+        "sums_ptr": "*fp32",
+        "output_ptr": "*bf16",
+    },
+    constexprs={
+        "sinks_ptr": None,
+        "GROUP": 3,
+        "HEAD_SIZE": 64,
+        "VALUE_SIZE": 64,
+        "SOFTCAP": False,
+        "UNIT": 8,
+        "CHUNK": 64,
+        "BLOCK_G": 16,
+        "BLOCK_D": 64,
+        "BLOCK_DV": 64,
+    },
+    options=EXACT,
+    element_bytes=2,
+    # 13.8 instructions are what 128 lanes of issue leave an element at 4.3 TB/s. What is on its way
+    # is in shared memory: here 32 KB a block, of which four are resident.
+    expected=Expectation(
+        vector_loads=True,
+        tensor_cores="HMMA",
+        min_resident_warps=16,
+        max_shared=40 * 1024,
+        max_instructions_per_element=5,
+    ),
+)
+# 64 KB on their way a block, of which two are resident on sm_80 and three on the others.
+ATTEND_128 = replace(
+    ATTEND.expected,
+    min_resident_warps=8,
+    max_registers=168,
+    max_shared=72 * 1024,
+    max_instructions_per_element=4,
+)
+OF_128 = {"HEAD_SIZE": 128, "VALUE_SIZE": 128, "BLOCK_D": 128, "BLOCK_DV": 128}
+
+
+def attend(name: str, expected: Expectation, dtype: str = "bf16", **constexprs: Any) -> Specimen:
+    pointers = ("query_ptr", "key_ptr", "value_ptr", "output_ptr")
+    return replace(
+        ATTEND,
+        name=f"attend {name}",
+        signature={
+            key: f"*{dtype}" if key in pointers else kind
+            for key, kind in ATTEND.signature.items()
+            if key not in constexprs
+        },
+        constexprs={**ATTEND.constexprs, **constexprs},
+        element_bytes=4 if dtype == "fp32" else 2,
+        expected=expected,
+    )
+
+
+MERGE_SPLITS = Specimen(
+    name="merge splits of 128",
+    kernel="powerkernels.decode_attention.kernels:merge_kernel",
+    signature={
+        "stats_ptr": "*fp32",
+        "sums_ptr": "*fp32",
+        "num_splits": "i32",
+        "lengths_ptr": "*i64",
+        "num_heads": "i32",
+        "num_positions": "i32",
+        "window": "i32",
+        "output_ptr": "*bf16",
+    },
+    constexprs={"sinks_ptr": None, "VALUE_SIZE": 128, "BLOCK_DV": 128},
+    num_warps=1,
+    options=EXACT,
+    # A row's 16 maxima and totals and its length.
+    expected=Expectation(vector_loads=True, scalar_loads=20),
+)
+
+MOVES = Specimen(
+    name="lane moves of 16 bytes",
+    kernel="powerkernels.lane_moves.kernels:move_kernel",
+    signature={
+        "table_ptr": "*i64",
+        "num_tensors": "i32",
+        "moves_ptr": "*i64",
+        "offset_ptr": "*i64",
+        "num_lanes": "i32",
+        "num_positions": "i32",
+        "run": "i32",
+    },
+    constexprs={"LANES": 64, "WORD_BYTES": 16, "ACCESSES": 512},
+    num_warps=4,
+    options=EXACT,
+    region="code",
+    # The narrow loads are the moves'. 8 blocks of 4 warps are to be resident.
+    expected=Expectation(
+        vector_loads=True,
+        scalar_loads=9,
+        vector_stores=True,
+        max_registers=64,
+        min_resident_warps=32,
+    ),
+)
+SAMPLING = "powerkernels.power_sampling.kernels:"
+LANE_STATE = {
+    "lanes_ptr": "*i64",
+    "slots_ptr": "*i64",
+    "tokens_ptr": "*i64",
+    "scores_ptr": "*fp64",
+    "w_sum_ptr": "*fp64",
+    "moves_ptr": "*i64",
+    "totals_ptr": "*i64",
+    "num_lanes": "i32",
+    "max_length": "i32",
+    "num_mcmc_steps": "i32",
+}
+DRAWN = {
+    "token_ptr": "*i64",
+    "log_prob_ptr": "*fp32",
+    "log_z_ptr": "*fp32",
+    "entropy_ptr": "*fp32",
+}
+
+# A program waits for one load after another: registers only have to be there.
+MH_TRANSITION = Specimen(
+    name="mh_transition 64 lanes",
+    kernel=SAMPLING + "mh_transition_kernel",
+    signature={
+        **LANE_STATE,
+        **DRAWN,
+        "log_u_ptr": "*fp64",
+        "trace_ptr": "*fp64",
+        "block_limits_ptr": "*i64",
+        "log_int_ptr": "*fp64",
+        "eos_ptr": "*i64",
+        "seed_ptr": "*i64",
+        "powers_ptr": "*fp64",
+        "num_items": "i32",
+        "num_eos": "i32",
+        "block_size": "i32",
+    },
+    constexprs={
+        "OTHER_POWER": False,
+        "BOUNDED": True,
+        "EARLY_REJECTION": True,
+        "SHARED_PREFIX_SKIP": True,
+        "LENGTH_TERM": True,
+        "GROWTH_CAP": False,
+        "TRUNCATED_SUM": False,
+        "STOP_AT_EOS": False,
+        "BLOCK_C": 64,
+        "BLOCK_T": 128,
+    },
+    num_warps=1,
+    options=EXACT,
+    expected=Expectation(max_registers=180, max_shared=8 * 1024),
+)
+
+
+def mh_transition(name: str, *, lanes: int, num_warps: int = 1, **constexprs: Any) -> Specimen:
+    return replace(
+        MH_TRANSITION,
+        name=f"mh_transition {name}",
+        constexprs={**MH_TRANSITION.constexprs, "BLOCK_C": lanes, **constexprs},
+        num_warps=num_warps,
+    )
+
+
+LANES: list[Specimen] = [
+    MH_TRANSITION,
+    mh_transition("16 lanes", lanes=16),
+    mh_transition("1024 lanes", lanes=1024, num_warps=16),
+    mh_transition(
+        "64 lanes public law",
+        lanes=64,
+        OTHER_POWER=True,
+        BOUNDED=False,
+        EARLY_REJECTION=False,
+        LENGTH_TERM=False,
+        GROWTH_CAP=True,
+        TRUNCATED_SUM=True,
+        STOP_AT_EOS=True,
+    ),
+    replace(
+        MH_TRANSITION,
+        name="mh_transition 64 lanes nothing drawn",
+        signature={k: v for k, v in MH_TRANSITION.signature.items() if k not in DRAWN},
+        constexprs={**MH_TRANSITION.constexprs, **dict.fromkeys(DRAWN)},
+    ),
+    Specimen(
+        name="prepare_step",
+        kernel=SAMPLING + "prepare_step_kernel",
+        signature={
+            **LANE_STATE,
+            "offset_ptr": "*i64",
+            "fed_ptr": "*i64",
+            "position_ptr": "*i64",
+            "counters_ptr": "*i64",
+            "ban_ptr": "*i64",
+            "go_ptr": "*i32",
+        },
+        constexprs={"BLOCK": 1024},
+        num_warps=8,
+        options=EXACT,
+        expected=Expectation(vector_loads=True, max_registers=72, max_shared=8 * 1024),
+    ),
+]
+
+
 SPECIMENS: list[Specimen] = [
     ROW_SUMS,
     row_sums(
@@ -580,6 +893,37 @@ SPECIMENS: list[Specimen] = [
         name="draw bf16 α=7.3",
         constexprs={**DRAW.constexprs, "TWICE_ALPHA": GENERAL},
     ),
+    replace(
+        DRAW,
+        name="draw bf16 α=4 from a support",
+        signature={**DRAW.signature, "threshold_ptr": "*fp32"},
+        constexprs={k: v for k, v in DRAW.constexprs.items() if k != "threshold_ptr"},
+    ),
+    THRESHOLD,
+    threshold("top_k", exps=0.0, TOP_P=False),
+    threshold("top_p α=7.3", dtype="fp32", TOP_K=False, TWICE_ALPHA=GENERAL),
+    threshold("top_k top_p α=1", dtype="fp16", TWICE_ALPHA=2),
+    SUPPORT_SUMS,
     *LINEAR,
     *TOKEN_KERNELS,
+    ATTEND,
+    attend("bf16 128, 6", ATTEND_128, GROUP=6, **OF_128),
+    attend("bf16 128, 6, finishing", ATTEND_128, GROUP=6, stats_ptr=None, sums_ptr=None, **OF_128),
+    attend("bf16 80, 4", ATTEND_128, GROUP=4, **{**OF_128, "HEAD_SIZE": 80, "VALUE_SIZE": 80}),
+    # Without tensor cores; 27.5 instructions are left an element of 4 bytes.
+    attend(
+        "fp32 64, 3",
+        replace(ATTEND_128, tensor_cores=False, max_instructions_per_element=22),
+        dtype="fp32",
+        UNIT=4,
+    ),
+    MERGE_SPLITS,
+    MOVES,
+    replace(
+        MOVES,
+        name="lane moves of 2 bytes, 256 lanes",
+        constexprs={**MOVES.constexprs, "LANES": 256, "WORD_BYTES": 2},
+        expected=Expectation(),
+    ),
+    *LANES,
 ]

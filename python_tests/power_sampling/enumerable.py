@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections import Counter
 
 import numpy as np
 import torch
@@ -110,6 +112,62 @@ class EnumerableModel:
             law = dict(zip(completions, extended, strict=True))
         return np.array(list(law.values()))
 
+    def public_law(
+        self, config: PowerSamplingConfig, *, top_k: int | None = None
+    ) -> dict[tuple[int, ...], float]:
+        """The exact law of aakaran/reasoning-with-sampling's `mcmc_power_samp`, by its steps.
+
+        A block adds `block_size` tokens to what there is. A transition redraws from a uniform cut,
+        up to the current length, and compares with as much of the current completion. The chain is
+        over after a block that leaves an EOS. q ∝ p^alpha over the `top_k` largest logits.
+        """
+        alpha = config.alpha
+        log_p = self.logits.double().log_softmax(-1)
+        kept = self.logits.argsort(dim=-1, descending=True)[:, : top_k or self.vocab_size]
+        support = torch.full_like(log_p, -torch.inf).scatter(1, kept, 0.0)
+        log_q = (alpha * log_p + support).log_softmax(-1)
+
+        @functools.cache
+        def continuations(
+            prefix: tuple[int, ...], limit: int
+        ) -> list[tuple[tuple[int, ...], float]]:
+            if len(prefix) == limit or (prefix and prefix[-1] == EOS):
+                return [(prefix, 1.0)]
+            row = log_q[self.code(prefix)].exp().tolist()
+            return [
+                (y, row[token] * mass)
+                for token in range(self.vocab_size)
+                if row[token] > 0
+                for y, mass in continuations((*prefix, token), limit)
+            ]
+
+        @functools.cache
+        def weight(x: tuple[int, ...], first: int, last: int) -> float:
+            codes = [(self.code(x[:t]), x[t]) for t in range(first, last)]
+            return sum(alpha * float(log_p[at]) - float(log_q[at]) for at in codes)
+
+        law: dict[tuple[int, ...], float] = {(): 1.0}
+        over: Counter[tuple[int, ...]] = Counter()
+        for _ in config.block_limits:
+            extended: Counter[tuple[int, ...]] = Counter()
+            for x, mass in law.items():
+                for y, q in continuations(x, len(x) + config.block_limits[0]):
+                    extended[y] += mass * q
+            for _ in range(config.num_mcmc_steps):
+                moved: Counter[tuple[int, ...]] = Counter()
+                for x, mass in extended.items():
+                    for cut in range(len(x)):
+                        for y, q in continuations(x[:cut], len(x)):
+                            log_r = weight(y, cut, len(y)) - weight(x, cut, len(y))
+                            accepted = mass / len(x) * q * min(1.0, np.exp(log_r))
+                            moved[y] += accepted
+                            moved[x] += mass / len(x) * q - accepted
+                extended = moved
+            law = {x: mass for x, mass in extended.items() if x[-1] != EOS}
+            for x, mass in extended.items():
+                over[x] += mass if x[-1] == EOS else 0.0
+        return {**over, **law}
+
     def _token_log_probs(
         self, completions: list[tuple[int, ...]], s: float
     ) -> tuple[list[list[float]], list[list[float]]]:
@@ -161,17 +219,18 @@ class EnumerableLanes:
             code += torch.where(t < length, token * self._model.vocab_size**t, 0)
         return self._model.logits[code]
 
-    def commit(self, lanes: Tensor, first: Tensor, last: Tensor) -> None:
-        self._copy(lanes, first, last, 0)
-
-    def restore(self, lanes: Tensor, first: Tensor, last: Tensor) -> None:
-        self._copy(lanes, first, last, 1)
-
-    def _copy(self, lanes: Tensor, first: Tensor, last: Tensor, source: int) -> None:
+    def move(self, moves: Tensor, offset: Tensor) -> None:
+        source_lane, source_copy, first, count = moves.unbind(1)
+        self._prompt_length = offset + 1  # a lane that joins a chain gets its prompt in this way
         position = torch.arange(self.cache.shape[2])
-        changed = (position >= first[:, None]) & (position <= last[:, None])
-        row, column = changed.nonzero(as_tuple=True)
-        self.cache[1 - source, lanes[row], column] = self.cache[source, lanes[row], column]
+        first = (offset + first)[:, None]
+        moved = (position >= first) & (position < first + count[:, None])
+        lane, column = moved.nonzero(as_tuple=True)
+        own = source_lane[lane] == lane
+        moving = self.cache[source_copy[lane], source_lane[lane], column]
+        for copy in (0, 1):
+            into = ~own | (source_copy[lane] != copy)
+            self.cache[copy, lane[into], column[into]] = moving[into]
 
 
 def chi2_p_value(counts: np.ndarray, law: np.ndarray) -> float:

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from powerkernels import PowerSampler, PowerSamplingConfig
+from powerkernels.power_sampling import lane_model
 from powerkernels.power_sampling.lane_model import TransformersLaneModel
 from powerkernels.power_sampling.packed_linear import PackedLinears
 
@@ -133,3 +134,37 @@ def test_linear_attention_layers_are_refused() -> None:
 def test_length_past_the_context_is_refused() -> None:
     with pytest.raises(ValueError, match="context of 64 tokens, got 65"):
         TransformersLaneModel(make("llama"), 2, 65)
+
+
+def test_cache_that_does_not_fit_is_refused_before_it_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # llama: 2 layers, keys and values, 2 heads of 8 floats, 2 copies: 512 bytes a position
+    monkeypatch.setattr(lane_model, "free_memory", lambda device: 512 * 100)
+    monkeypatch.setattr(lane_model, "MEMORY_SHARE", 1.0)
+    TransformersLaneModel(make("llama"), 4, 25)
+    message = r"num_lanes = 5 lanes of 25 .* at most 4 lanes .* or as many of 20 positions"
+    with pytest.raises(ValueError, match=message):
+        TransformersLaneModel(make("llama"), 5, 25)
+
+
+def test_cache_is_as_large_as_was_counted() -> None:
+    assert TransformersLaneModel(make("llama"), 4, 25).memory() == 512 * 100
+    free = lane_model.free_memory(torch.device("cpu"))
+    assert free is None or free > 10**6
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+def test_compiled_model_step_gives_the_same_logits() -> None:
+    model = make("llama")
+    tokens, positions = torch.tensor([3, 4, 5]), torch.tensor([2, 0, 1])
+    logits = []
+    for compile in (False, True):
+        lanes = TransformersLaneModel(model, 3, 16, compile=compile)
+        with lanes.running():
+            lanes.prefill(0, (7, 8, 3))
+            lanes.prefill(2, (9, 5))
+            logits.append(lanes.step(tokens, positions))
+            logits.append(lanes.step(tokens, positions + 1))
+    torch.testing.assert_close(logits[2:], logits[:2], rtol=0, atol=1e-5)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
-from powerkernels.power_sampling import PowerSamplingConfig, reference
+from powerkernels.power_sampling import PowerSamplingConfig
 from powerkernels.power_sampling.engine import Chain, SamplerStats, run_chains
+from powerkernels.power_sampling.lane_state import Rules, rules_of
 from python_tests.power_sampling.enumerable import (
     EOS,
     PROMPT,
@@ -27,16 +27,18 @@ def completion_counts(
     config: PowerSamplingConfig,
     *,
     num_chains: int = NUM_CHAINS,
+    num_lanes: int = NUM_LANES,
     eos: bool = True,
+    rules: Rules | None = None,
 ) -> np.ndarray:
     """How often chains ended at each of `completions`; a last cell counts what is none of them."""
     limit = config.max_new_tokens
     index = {x: i for i, x in enumerate(model.completions(limit, eos=eos))}
     counts = np.zeros(len(index) + 1)
     chains = [Chain(i, PROMPT, i) for i in range(num_chains)]
-    lanes = model(NUM_LANES, len(PROMPT) + limit)
+    lanes = model(num_lanes, len(PROMPT) + limit)
     for finished in run_chains(
-        lanes, config, chains, eos=(EOS,) if eos else (), stats=SamplerStats()
+        lanes, config, chains, eos=(EOS,) if eos else (), stats=SamplerStats(), rules=rules
     ):
         counts[index.get(tuple(finished.tokens.tolist()), -1)] += 1
     assert counts.sum() == num_chains
@@ -50,7 +52,9 @@ def p_value(counts: np.ndarray, law: np.ndarray) -> float:
 def settings(**changes: object) -> PowerSamplingConfig:
     # Two blocks, so that extension, growth into the second limit and a chain that ended in the
     # first are all there.
-    values: dict = dict(alpha=2.0, max_new_tokens=4, block_size=2, num_mcmc_steps=4, seed=11)
+    values: dict = dict(
+        alpha=2.0, max_new_tokens=4, block_size=2, num_mcmc_steps=4, seed=11, prefetch=False
+    )
     return PowerSamplingConfig(**(values | changes))
 
 
@@ -148,11 +152,20 @@ def test_low_temperature_is_not_the_power_law(model: EnumerableModel) -> None:
     assert p_value(counts, model.power_law(2.0, 4)) < 1e-12
 
 
-def assert_wrong_law(**changes: object) -> None:
-    """Both tests above reject the sampler as it is patched now."""
+@pytest.mark.parametrize("lanes_per_chain", [2, 5])
+def test_chains_of_several_lanes_have_the_law(model: EnumerableModel, lanes_per_chain: int) -> None:
+    config, num_chains = settings(prefetch=True), 5000
+    counts = completion_counts(
+        model, config, num_chains=num_chains, num_lanes=lanes_per_chain * num_chains
+    )
+    assert p_value(counts, model.chain_law(config)) > SIGNIFICANCE
+
+
+def assert_wrong_law(*, rules: dict[str, bool], **changes: object) -> None:
+    """Both tests above reject the sampler with other rules."""
     model = EnumerableModel(**FAST)
     config = settings(**(LONG_CHAIN | changes))
-    counts = completion_counts(model, config)
+    counts = completion_counts(model, config, rules=rules_of(config)._replace(**rules))
     law = model.power_law(1.5, 3)
     assert p_value(counts, law) < 1e-12
     assert p_value(counts, model.chain_law(config)) < 1e-12
@@ -160,28 +173,10 @@ def assert_wrong_law(**changes: object) -> None:
 
 
 @pytest.mark.parametrize("shared_prefix_skip", [False, True])
-def test_without_length_term_the_law_is_wrong(
-    shared_prefix_skip: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_length_term(
-        state: reference.LaneState, lane: torch.Tensor, length: torch.Tensor
-    ) -> torch.Tensor:
-        proposal = state.w_cumsum[reference.WORKING, lane, length]
-        return proposal - state.w_cumsum[reference.CURRENT, lane, state.length[lane]]
-
-    monkeypatch.setattr(reference, "_log_accept_ratio", no_length_term)
-    assert_wrong_law(shared_prefix_skip=shared_prefix_skip)
+def test_without_length_term_the_law_is_wrong(shared_prefix_skip: bool) -> None:
+    assert_wrong_law(rules={"length_term": False}, shared_prefix_skip=shared_prefix_skip)
 
 
 @pytest.mark.parametrize("shared_prefix_skip", [False, True])
-def test_with_growth_capped_the_law_is_wrong(
-    shared_prefix_skip: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    block_limit = reference.LaneState.limit.fget
-
-    def capped(state: reference.LaneState) -> torch.Tensor:
-        limit = block_limit(state)
-        return torch.where(state.phase == reference.PROPOSE, state.length, limit)
-
-    monkeypatch.setattr(reference.LaneState, "limit", property(capped))
-    assert_wrong_law(shared_prefix_skip=shared_prefix_skip)
+def test_with_growth_capped_the_law_is_wrong(shared_prefix_skip: bool) -> None:
+    assert_wrong_law(rules={"growth_cap": True}, shared_prefix_skip=shared_prefix_skip)

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from powerkernels import PowerSample, PowerSampler, PowerSamplingConfig, sample_tokens, score_tokens
+from powerkernels.power_sampling import engine, reference
 from powerkernels.power_sampling import metropolis_hastings as mh
 from powerkernels.power_sampling.lane_model import TransformersLaneModel
 from powerkernels.power_sampling.sampler import _number_chains
@@ -57,6 +58,7 @@ def draw(
 def assert_same_chain(a: PowerSample, b: PowerSample) -> None:
     assert a.tokens == b.tokens
     assert torch.equal(a.log_prob, b.log_prob)
+    assert torch.equal(a.log_q, b.log_q)
     assert a.confidence == b.confidence
     for name in ("block", "cut", "length", "accepted", "log_likelihood"):
         assert torch.equal(getattr(a.trace, name), getattr(b.trace, name)), name
@@ -76,6 +78,51 @@ def test_early_rejection_leaves_the_chain_as_it_is(
     assert any(0 < s.acceptance_rate < 1 for s in on)
 
 
+@pytest.mark.parametrize("proposal_temperature", [None, 0.7])
+@pytest.mark.parametrize(
+    ("num_lanes", "prompts", "num_samples"),
+    [(8, PROMPTS[2:3], 1), (5, PROMPTS, 2), (3, PROMPTS, 1)],
+)
+def test_prefetching_leaves_the_chain_as_it_is(
+    llama: object,
+    num_lanes: int,
+    prompts: list[list[int]],
+    num_samples: int,
+    proposal_temperature: float | None,
+) -> None:
+    runs, steps = [], []
+    for prefetch in (False, True):
+        settings = config(
+            num_lanes=num_lanes, prefetch=prefetch, proposal_temperature=proposal_temperature
+        )
+        sampler = PowerSampler(llama, config=settings)
+        runs.append(sampler.sample(prompts, num_samples))
+        steps.append(sampler.stats.model_steps)
+        assert sampler.stats.used_tokens == sum(s.decoded_tokens for s in runs[-1])
+        if not prefetch:
+            assert sampler.stats.decoded_tokens == sampler.stats.used_tokens
+    for a, b in zip(*runs, strict=True):
+        assert_same_chain(a, b)
+        assert torch.equal(a.trace.log_accept_ratio, b.trace.log_accept_ratio)
+        assert torch.equal(a.trace.decoded, b.trace.decoded)
+        assert a.decoded_tokens == b.decoded_tokens
+    assert steps[1] < steps[0]
+
+
+@pytest.mark.parametrize("compat", [None, "reference"])
+def test_compiled_transition_makes_the_chains_of_the_reference(
+    llama: object, compat: str | None, monkeypatch: pytest.MonkeyPatch, compiled_backend: None
+) -> None:
+    compiled = draw(llama, config(compat=compat))
+    monkeypatch.setattr(
+        engine, "transition_of", lambda state: lambda drawn: reference.transition(state, drawn)
+    )
+    for a, b in zip(draw(llama, config(compat=compat)), compiled, strict=True):
+        assert_same_chain(a, b)
+        assert torch.equal(a.trace.log_accept_ratio, b.trace.log_accept_ratio)
+        assert a.decoded_tokens == b.decoded_tokens
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_order_of_prompts_changes_nothing(dtype: torch.dtype) -> None:
     model = small_llama(dtype)
@@ -92,6 +139,34 @@ def test_order_of_prompts_changes_nothing(dtype: torch.dtype) -> None:
     pairs = zip(chains(first, PROMPTS), chains(shuffled, [PROMPTS[i] for i in order]), strict=True)
     for a, b in pairs:
         assert_same_chain(a, b)
+
+
+def test_one_sampler_serves_prompts_of_other_lengths_and_weights_that_change() -> None:
+    model = small_llama(torch.float32)
+    sampler = PowerSampler(model, config=config())
+    first = sampler.sample(PROMPTS)
+    assert sampler.sample(PROMPTS[3:4])[0].tokens == first[3].tokens
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.data.mul_(0.7)  # which no version counter sees
+    changed = sampler.sample(PROMPTS)
+    fresh = PowerSampler(model, config=config()).sample(PROMPTS)
+    assert [s.tokens for s in changed] != [s.tokens for s in first]
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 0.3)
+    for a, b in zip(changed, fresh, strict=True):
+        assert_same_chain(a, b)
+    fresh = PowerSampler(model, config=config()).sample(PROMPTS)
+    for a, b in zip(sampler.sample(PROMPTS), fresh, strict=True):
+        assert_same_chain(a, b)
+
+
+def test_two_runs_of_one_sampler_do_not_mix(llama: object) -> None:
+    sampler = PowerSampler(llama, config=config())
+    one, other = sampler.iter_samples(PROMPTS), sampler.iter_samples(PROMPTS[::-1])
+    pairs = [(next(one), next(other)) for _ in PROMPTS]
+    expected = {tuple(sample.tokens) for sample in sampler.sample(PROMPTS)}
+    for samples in zip(*pairs, strict=True):
+        assert {tuple(sample.tokens) for sample in samples} == expected
 
 
 def test_chains_of_one_prompt_differ(llama: object) -> None:

@@ -70,9 +70,12 @@ def test_results(tiny: tuple) -> None:
         assert sample.acceptance_rate == pytest.approx(sample.trace.accepted.double().mean())
         assert int(sample.trace.length[-1]) == n
         assert float(sample.trace.log_likelihood[-1]) == pytest.approx(sample.log_likelihood)
-        assert sample.decoded_tokens >= n
+        assert sample.decoded_tokens >= n + int(sample.trace.decoded.sum()) - 8
+        assert sample.log_q.shape == sample.log_prob.shape
+        assert bool((sample.log_q <= 0).all())
     assert sampler.stats.finished_chains == 6
-    assert sampler.stats.decoded_tokens == sum(s.decoded_tokens for s in samples)
+    assert sampler.stats.used_tokens == sum(s.decoded_tokens for s in samples)
+    assert sampler.stats.decoded_tokens >= sampler.stats.used_tokens
     assert sampler.stats.kept_tokens == sum(len(s.tokens) for s in samples)
     assert 0 < sampler.stats.lane_occupancy <= 1
 
@@ -255,6 +258,17 @@ def test_bad_num_samples(tiny: tuple, num_samples: object) -> None:
         ({"early_rejection": 1}, TypeError),
         ({"shared_prefix_skip": None}, TypeError),
         ({"num_lanes": 0}, ValueError),
+        ({"prefetch": 1}, TypeError),
+        ({"compile": None}, TypeError),
+        ({"device_loop": "yes"}, TypeError),
+        ({"top_k": 0}, ValueError),
+        ({"top_k": 2.0}, TypeError),
+        ({"top_p": 0.0}, ValueError),
+        ({"top_p": 1.1}, ValueError),
+        ({"top_p": float("nan")}, ValueError),
+        ({"min_p": -0.1}, ValueError),
+        ({"min_p": "x"}, TypeError),
+        ({"compat": "public"}, ValueError),
         ({"eos_token_id": -1}, ValueError),
         ({"eos_token_id": (1, "x")}, TypeError),
     ],
@@ -280,9 +294,10 @@ def test_block_larger_than_the_completion_is_one_block() -> None:
     proposal_temperature=st.none() | st.floats(0.1, 4) | st.just(float("inf")),
     seed=st.integers(0, 2**64 - 1),
     num_lanes=st.integers(1, 5),
+    compat=st.sampled_from([None, "reference"]),
     num_samples=st.integers(1, 4),
     vocab_size=st.integers(1, 4),
-    switches=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    switches=st.tuples(*[st.booleans()] * 4),
     prompts=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), min_size=1, max_size=4),
 )
 def test_any_legal_settings_work(
@@ -293,12 +308,13 @@ def test_any_legal_settings_work(
     proposal_temperature: float | None,
     seed: int,
     num_lanes: int,
+    compat: str | None,
     num_samples: int,
     vocab_size: int,
-    switches: tuple[bool, bool, bool],
+    switches: tuple[bool, bool, bool, bool],
     prompts: list[list[int]],
 ) -> None:
-    has_eos, early_rejection, shared_prefix_skip = switches
+    has_eos, early_rejection, shared_prefix_skip, prefetch = switches
     model = EnumerableModel(vocab_size=vocab_size, max_tokens=5)
     settings_ = PowerSamplingConfig(
         alpha=alpha,
@@ -310,11 +326,15 @@ def test_any_legal_settings_work(
         num_lanes=num_lanes,
         early_rejection=early_rejection,
         shared_prefix_skip=shared_prefix_skip,
+        prefetch=prefetch,
+        compat=compat,
         eos_token_id=EOS if has_eos else (),
     )
     samples = PowerSampler(model, config=settings_).sample(prompts, num_samples)
     assert len(samples) == len(prompts) * num_samples
     possible = set(model.completions(max_new_tokens, eos=has_eos))
+    if compat:  # there a chain that has shrunk may end below the limit
+        possible = {x[:n] for x in possible for n in range(1, len(x) + 1)}
     for sample in samples:
         assert tuple(sample.tokens) in possible
         assert sample.log_likelihood == pytest.approx(

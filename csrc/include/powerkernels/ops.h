@@ -99,10 +99,23 @@ void score_tokens_bwd(const LogitRows& logits, const TargetRows& targets,
                       const ScoreGradients& gradients, const GradientRows& dlogits,
                       int num_threads);
 
+// What may be drawn: a row's entries at or above the largest of three thresholds.
+struct SupportBounds {
+  int64_t top_k;  // in [1, vocab]; vocab: no bound
+  double top_p;   // in (0, 1]; 1: no bound
+  double min_p;   // in [0, 1]; 0: no bound
+
+  bool keep_all(int64_t vocab) const { return top_k == vocab && top_p == 1.0 && min_p == 0.0; }
+};
+
 // counters: int64 [rows, 4]; banned: int64 [rows], -1 for none, or null.
 void sample_tokens(const LogitRows& logits, uint64_t seed, const int64_t* counters,
-                   const int64_t* banned, const RowParams& params, int64_t* token,
-                   const ScoreOutputs& outputs, int num_threads);
+                   const int64_t* banned, const RowParams& params, const SupportBounds& bounds,
+                   int64_t* token, const ScoreOutputs& outputs, int num_threads);
+
+// out: float64 [rows], the threshold of each row; NaN where it has no softmax.
+void support_thresholds(const LogitRows& logits, const RowParams& params,
+                        const SupportBounds& bounds, double* out, int num_threads);
 
 // counters, out: int64 [count, 4].
 void philox4x32_many(const int64_t* counters, uint64_t seed, int64_t count, int64_t* out);

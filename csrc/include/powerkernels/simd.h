@@ -63,6 +63,13 @@ PK_INLINE F32 abs(F32 a) { return {_mm512_abs_ps(a.v)}; }
 PK_INLINE F32 where_less(F32 a, F32 b, F32 yes, F32 no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
 }
+// Writes the lanes that are >= bound in their order, and returns their number; whatever follows
+// them in the kWidth places from p on.
+PK_INLINE int store_at_least(float* p, F32 a, F32 bound) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(a.v, bound.v, _CMP_GE_OQ);
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(kept, a.v));
+  return __builtin_popcount(kept);
+}
 PK_INLINE float max_of_lanes(F32 a) { return _mm512_reduce_max_ps(a.v); }
 // Lanes are added as doubles, in a fixed tree.
 PK_INLINE double sum_of_lanes(F32 a) {
@@ -117,6 +124,18 @@ PK_INLINE F32 abs(F32 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}
 PK_INLINE F32 where_less(F32 a, F32 b, F32 yes, F32 no) {
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
+PK_INLINE int store_at_least(float* p, F32 a, F32 bound) {
+  const int kept = _mm256_movemask_ps(_mm256_cmp_ps(a.v, bound.v, _CMP_GE_OQ));
+  if (kept == 0) return 0;
+  alignas(32) float lanes[F32::kWidth];
+  store(lanes, a);
+  int count = 0;
+  for (int i = 0; i < F32::kWidth; ++i) {
+    p[count] = lanes[i];
+    count += (kept >> i) & 1;
+  }
+  return count;
+}
 PK_INLINE float max_of_lanes(F32 a) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));
@@ -169,6 +188,15 @@ PK_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
 PK_INLINE F32 low_bits_as_exponent(F32 a) { return {(F32::Floats)((F32::Words)a.v << 23)}; }
 PK_INLINE F32 abs(F32 a) { return {(F32::Floats)((F32::Words)a.v & 0x7fffffffu)}; }
 PK_INLINE F32 where_less(F32 a, F32 b, F32 yes, F32 no) { return {a.v < b.v ? yes.v : no.v}; }
+PK_INLINE int store_at_least(float* p, F32 a, F32 bound) {
+  int count = 0;
+  for (int i = 0; i < F32::kWidth; ++i) {
+    const float lane = a.v[i];
+    p[count] = lane;
+    count += lane >= bound.v[i];
+  }
+  return count;
+}
 PK_INLINE float max_of_lanes(F32 a) {
   float best = a.v[0];
   for (int i = 1; i < F32::kWidth; ++i) best = a.v[i] > best ? a.v[i] : best;

@@ -35,8 +35,14 @@ struct SliceKernels {
   void (*stats)(const void* row, int64_t vocab, int64_t first, int64_t last,
                 const RowParams& params, SliceStats* slices);
   // x: the n <= kSliceV logits of one slice. mass[i] = e^(alpha*(x_i - max)/temperature), 0 for
-  // -inf and for the entry `hidden` (kNoEntry: none). Returns the maximum over the others.
-  double (*masses)(const void* x, int n, int hidden, const RowParams& params, double* mass);
+  // -inf, for the entry `hidden` (kNoEntry: none) and for what is below `lowest`, a float for float
+  // logits. Returns the maximum over the others, -inf where there are none.
+  double (*masses)(const void* x, int n, int hidden, double lowest, const RowParams& params,
+                   double* mass);
+  // The entries of a slice that are >= lowest and not -inf, in their order; with `mass`, which may
+  // be null, also e^(alpha*(x - center)/temperature). Returns their number. Writes up to n of each.
+  int (*entries_from)(const void* x, int n, double lowest, double center, const RowParams& params,
+                      double* entries, double* mass);
 };
 
 // The kernels for these parameters at the SIMD level in use.

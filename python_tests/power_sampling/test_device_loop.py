@@ -1,0 +1,171 @@
+"""The sampler with its loop on the device: the same chains, no waits, errors that name layers."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import transformers
+
+from powerkernels import PowerSample, PowerSampler, _advice
+from powerkernels.power_sampling import engine as engine_module
+from powerkernels.power_sampling import reference
+from powerkernels.power_sampling.graph_loop import CaptureError, DeviceLoop, HostLoop
+from python_tests.power_sampling.test_paths import (
+    PROMPTS,
+    assert_same_chain,
+    config,
+    small_llama,
+)
+
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def gpu_llama() -> transformers.LlamaForCausalLM:
+    return small_llama(torch.float32).cuda()
+
+
+def loop_of(sampler: PowerSampler) -> object:
+    assert sampler._engine is not None
+    return sampler._engine._loop
+
+
+def assert_same_run(a: list[PowerSample], b: list[PowerSample]) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert_same_chain(x, y)
+        assert torch.equal(x.trace.log_accept_ratio, y.trace.log_accept_ratio)
+        assert x.decoded_tokens == y.decoded_tokens
+
+
+class TestOnAGpu:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("changes", [{}, {"num_lanes": 16}, {"proposal_temperature": 0.7}])
+    def test_device_host_and_reference_make_the_same_chains(
+        self, changes: dict, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = gpu_llama()
+        on_device = PowerSampler(model, config=config(device_loop=True, **changes))
+        samples = on_device.sample(PROMPTS, num_samples=2)
+        assert isinstance(loop_of(on_device), DeviceLoop)
+        assert on_device.stats.used_tokens == sum(s.decoded_tokens for s in samples)
+
+        from_host = PowerSampler(model, config=config(device_loop=False, **changes))
+        assert_same_run(from_host.sample(PROMPTS, num_samples=2), samples)
+        assert isinstance(loop_of(from_host), HostLoop)
+
+        monkeypatch.setattr(engine_module, "state_device", lambda device: torch.device("cpu"))
+        monkeypatch.setattr(
+            engine_module,
+            "transition_of",
+            lambda state: lambda drawn: reference.transition(state, drawn),
+        )
+        from_reference = PowerSampler(model, config=config(device_loop=False, **changes))
+        assert_same_run(from_reference.sample(PROMPTS, num_samples=2), samples)
+
+    def test_one_graph_serves_all_prompts(self) -> None:
+        sampler = PowerSampler(gpu_llama(), config=config(device_loop=True))
+        first = sampler.sample(PROMPTS)
+        loop = loop_of(sampler)
+        assert_same_run(sampler.sample(PROMPTS), first)
+        sampler.sample(PROMPTS[::-1])
+        assert loop_of(sampler) is loop
+
+    def test_weights_that_change_in_place_are_seen(self) -> None:
+        model = gpu_llama()
+        sampler = PowerSampler(model, config=config(device_loop=True))
+        first = sampler.sample(PROMPTS)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(0.7)
+        changed = sampler.sample(PROMPTS)
+        assert [s.tokens for s in changed] != [s.tokens for s in first]
+        assert_same_run(changed, PowerSampler(model, config=config()).sample(PROMPTS))
+
+    def test_nothing_waits_inside_a_launch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sampler = PowerSampler(gpu_llama(), config=config(device_loop=True))
+        expected = sampler.sample(PROMPTS)
+        run = DeviceLoop.run
+        launches = 0
+
+        def strict_run(self: DeviceLoop, **options: object) -> int:
+            nonlocal launches
+            launches += 1
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                with torch.profiler.profile() as profile:
+                    ticks = run(self, **options)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            names = [event.key for event in profile.key_averages()]
+            assert not [name for name in names if "Memcpy" in name and "HtoD" in name]
+            assert not [name for name in names if name.startswith("aten::")]
+            return ticks
+
+        monkeypatch.setattr(DeviceLoop, "run", strict_run)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the mode and the profiler are young
+            assert_same_run(sampler.sample(PROMPTS), expected)
+        assert launches >= 1
+
+    def test_model_that_waits_is_named_and_the_host_takes_over(self) -> None:
+        model = gpu_llama()
+        layer = model.model.layers[1].mlp
+        forward = layer.forward
+
+        def waiting(x: torch.Tensor) -> torch.Tensor:
+            return forward(x) if float(x.sum()) < float("inf") else x
+
+        layer.forward = waiting
+        with pytest.raises(CaptureError, match=r"layers\.1\.mlp"):
+            PowerSampler(model, config=config(device_loop=True)).sample(PROMPTS)
+        _advice.warn_once.cache_clear()
+        sampler = PowerSampler(model, config=config())
+        with pytest.warns(UserWarning, match=r"layers\.1\.mlp"):
+            samples = sampler.sample(PROMPTS)
+        assert isinstance(loop_of(sampler), HostLoop)
+        layer.forward = forward
+        assert_same_run(PowerSampler(model, config=config()).sample(PROMPTS), samples)
+
+    def test_interrupt_ends_the_launch_and_keeps_what_is_finished(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sampler = PowerSampler(gpu_llama(), config=config(device_loop=True, num_lanes=1))
+        everything = sampler.sample(PROMPTS)
+        run = DeviceLoop.run
+
+        def interrupted(self: DeviceLoop, **options: object) -> int:
+            if sampler.stats.finished_chains == 2:
+
+                def press(ticks: int) -> None:
+                    raise KeyboardInterrupt
+
+                options |= {"on_progress": press, "poll_seconds": 1e-6}
+            return run(self, **options)
+
+        monkeypatch.setattr(DeviceLoop, "run", interrupted)
+        samples = sampler.sample(PROMPTS)
+        assert sampler.stats.interrupted
+        assert 2 <= len(samples) < len(PROMPTS)
+        monkeypatch.undo()
+        assert_same_run(samples, everything[: len(samples)])
+        assert_same_run(sampler.sample(PROMPTS), everything)
+
+    def test_bad_logits_stop_the_loop(self) -> None:
+        model = gpu_llama()
+        with torch.no_grad():
+            model.lm_head.weight.fill_(float("nan"))
+        with pytest.raises(FloatingPointError, match="logits"):
+            PowerSampler(model, config=config(device_loop=True)).sample(PROMPTS)
+
+
+def test_device_loop_that_cannot_be_is_an_error_where_it_is_demanded() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("it can be here")
+    sampler = PowerSampler(small_llama(torch.float32), config=config(device_loop=True))
+    with pytest.raises(CaptureError, match="device_loop is True, but it needs a CUDA device"):
+        sampler.sample(PROMPTS)
