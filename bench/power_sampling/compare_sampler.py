@@ -141,21 +141,7 @@ def peer(options: argparse.Namespace) -> dict:
     import power_samp_utils
 
     sampler = power_samp_utils.AutoregressiveSampler(model, tokenizer, torch.device("cpu"))
-    # It looks for EOS in the prompt too, finds it after every turn of a chat template, and returns
-    # after one block. Without those tokens it runs its course.
-    prompts = [
-        [
-            token
-            for token in tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-            )["input_ids"]
-            if token != tokenizer.eos_token_id
-        ]
-        for text in PROMPTS[: options.peer_prompts]
-    ]
+    prompts = [prompt_ids(tokenizer, text) for text in PROMPTS[: options.peer_prompts]]
     random.seed(0)
     torch.manual_seed(0)
     decoded = 0
@@ -187,6 +173,21 @@ def peer(options: argparse.Namespace) -> dict:
         "tokens_per_second": decoded / sum(seconds),
         "acceptance_rate": sum(acceptance) / len(acceptance),
     }
+
+
+def prompt_ids(tokenizer: object, text: str) -> list[int]:
+    """A chat prompt without EOS tokens.
+
+    The public function looks for EOS in the prompt too, finds it after every turn of a chat
+    template, and returns after one block. Without those tokens it runs its course.
+    """
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    )["input_ids"]
+    return [token for token in ids if token != tokenizer.eos_token_id]
 
 
 def settings() -> dict:

@@ -21,7 +21,7 @@ from powerkernels.integrations.public_sampler import (
 from powerkernels.power_sampling.engine import Chain, SamplerStats, run_chains
 from python_tests.power_sampling.enumerable import EOS, PROMPT, EnumerableModel, chi2_p_value
 
-NUM_CHAINS, NUM_LANES = 30_000, 15_000
+NUM_CHAINS, NUM_LANES = 20_000, 10_000
 SIGNIFICANCE = 1e-4
 
 
