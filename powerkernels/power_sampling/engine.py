@@ -146,14 +146,15 @@ class LaneEngine:
             reason = why_no_graph_loop(device)
             if reason is None and self._state.go.device.type != device.type:
                 reason = "the lanes' transitions are made on the CPU"
+            cause = None
             if reason is None:
                 try:
                     # With all lanes idle a tick leaves the state as it is.
                     return DeviceLoop(capture(self._tick), self._state.go)
-                except (CaptureError, ValueError) as error:
-                    reason = str(error)
+                except (RuntimeError, ValueError) as error:
+                    reason, cause = str(error), error
             if wanted:
-                raise CaptureError(f"device_loop is True, but {reason}")
+                raise CaptureError(f"device_loop is True, but {reason}") from cause
             if device.type == "cuda":
                 warn_once(f"the host drives the sampler's loop: {reason}")
         return HostLoop(self._tick, self._state.go)
