@@ -56,6 +56,7 @@ def examine() -> list[Check]:
         _backends,
         _build_tools,
         _cuda,
+        _device_loop,
         _demo_packages,
         _environment,
     ]
@@ -240,6 +241,19 @@ def _cuda() -> list[Check]:
         advice = "with a GPU: check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
         checks.append(Check("CUDA device", "missing", f"torch sees none{driver_text}", advice))
     return checks
+
+
+def _device_loop() -> list[Check]:
+    """Whether the sampler can leave its loop to the GPU; without it the host drives each step."""
+    try:
+        from powerkernels.power_sampling.graph_loop import why_no_graph_loop
+
+        why = why_no_graph_loop("cuda")
+    except Exception as error:  # without torch, or with a driver that does not answer
+        why = _first_line(error)
+    if why is None:
+        return [Check("device loop", "ok", "the sampler's loop runs in one CUDA graph")]
+    return [Check("device loop", "missing", f"{why}; the host drives the sampler's steps")]
 
 
 def _driver_version() -> str | None:

@@ -17,6 +17,7 @@ import torch
 from powerkernels import _extension, doctor
 from powerkernels.cli import main
 from powerkernels.doctor import Check
+from powerkernels.power_sampling import graph_loop
 
 
 def by_name(checks: list[Check]) -> dict[str, Check]:
@@ -46,6 +47,16 @@ def test_json_is_the_same_report(capsys: pytest.CaptureFixture[str]) -> None:
         "smollm2",
     } <= set(checks)
     assert checks["torch"]["detail"].startswith(torch.__version__)
+
+
+def test_device_loop_says_why_the_host_drives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_loop, "why_no_graph_loop", lambda device: "the driver is too old")
+    check = by_name(doctor.examine())["device loop"]
+    assert check.status == "missing"
+    assert check.detail.startswith("the driver is too old; the host drives")
+
+    monkeypatch.setattr(graph_loop, "why_no_graph_loop", lambda device: None)
+    assert by_name(doctor.examine())["device loop"].status == "ok"
 
 
 def test_every_missing_thing_comes_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,7 +198,9 @@ class _Transition:
         return self._ratio(lane, length, int(self.lanes[lane, LENGTH]))
 
     def _ratio(self, lane: int, length: int, n: int) -> float:
-        ratio = self.w_sum[WORKING, lane, length] - self.w_sum[CURRENT, lane, n]
+        # inf - inf is NaN, which neither stops a proposal nor accepts it.
+        with np.errstate(invalid="ignore"):
+            ratio = self.w_sum[WORKING, lane, length] - self.w_sum[CURRENT, lane, n]
         if self.rules.length_term:
             ratio = (ratio + self.log_int[n]) - self.log_int[length]
         return float(ratio)
