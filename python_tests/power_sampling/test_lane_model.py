@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from powerkernels import PowerSampler, PowerSamplingConfig
-from powerkernels.power_sampling import lane_model
+from powerkernels.power_sampling import lane_model, packed_linear
 from powerkernels.power_sampling.lane_model import TransformersLaneModel
 from powerkernels.power_sampling.packed_linear import PackedLinears
 
@@ -99,6 +99,20 @@ def test_packed_linears_are_the_layers(dtype: torch.dtype) -> None:
             got = layers(x)
         assert not any("forward" in layer.__dict__ for layer in layers)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_widened_bfloat16_rounds_once(monkeypatch: pytest.MonkeyPatch, has_bias: bool) -> None:
+    monkeypatch.setattr(packed_linear, "_multiplies_bfloat16", lambda: False)
+    layer = torch.nn.Linear(300, 70, bias=has_bias).bfloat16()
+    x = torch.randn(16, 1, 300, generator=torch.Generator().manual_seed(2)).bfloat16()
+    with torch.inference_mode(), PackedLinears(layer).in_use():
+        got = layer(x)
+        bias = layer.bias.double() if has_bias else None
+        truth = torch.nn.functional.linear(x.double(), layer.weight.double(), bias)
+    assert got.dtype == torch.bfloat16
+    # Half a unit of bfloat16's last place, and the rounding of a float32 sum beside it.
+    torch.testing.assert_close(got.double(), truth, rtol=2**-8, atol=1e-5)
 
 
 def test_packed_linears_leave_other_layers_alone() -> None:
