@@ -118,31 +118,17 @@ def ours(early_rejection: bool, shared_prefix_skip: bool) -> dict:
 
 
 def peer(options: argparse.Namespace) -> dict:
+    import numpy
     import torch
 
     from powerkernels.integrations.smollm2 import load_smollm2
 
     model, tokenizer = load_smollm2(dtype=torch.bfloat16)
-    # What the file imports for its evaluations and the sampler does not use.
-    unused = {
-        "pandas": (),
-        "datasets": ("Dataset", "load_dataset", "concatenate_datasets"),
-        "grader_utils": (),
-        "grader_utils.parse_utils": ("parse_answer",),
-        "constants": (),
-    }
-    for name, contents in unused.items():
-        module = types.ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        for content in contents:
-            setattr(module, content, None)
-        sys.modules[name] = module
-    sys.path.insert(0, str(options.peer))
-    import power_samp_utils
-
+    power_samp_utils = public_module(options.peer)
     sampler = power_samp_utils.AutoregressiveSampler(model, tokenizer, torch.device("cpu"))
     prompts = [prompt_ids(tokenizer, text) for text in PROMPTS[: options.peer_prompts]]
     random.seed(0)
+    numpy.random.seed(0)
     torch.manual_seed(0)
     decoded = 0
     generate = model.generate
@@ -173,6 +159,28 @@ def peer(options: argparse.Namespace) -> dict:
         "tokens_per_second": decoded / sum(seconds),
         "acceptance_rate": sum(acceptance) / len(acceptance),
     }
+
+
+def public_module(peer: Path) -> types.ModuleType:
+    """The public power_samp_utils.py of the folder `peer`, as it is."""
+    # What the file imports for its evaluations and the sampler does not use.
+    unused = {
+        "pandas": (),
+        "datasets": ("Dataset", "load_dataset", "concatenate_datasets"),
+        "grader_utils": (),
+        "grader_utils.parse_utils": ("parse_answer",),
+        "constants": (),
+    }
+    for name, contents in unused.items():
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        for content in contents:
+            setattr(module, content, None)
+        sys.modules[name] = module
+    sys.path.insert(0, str(peer))
+    import power_samp_utils
+
+    return power_samp_utils
 
 
 def prompt_ids(tokenizer: object, text: str) -> list[int]:
