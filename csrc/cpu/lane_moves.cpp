@@ -18,8 +18,8 @@ constexpr int64_t kFewBytes = 1 << 17;
 struct Piece {
   const char* from;
   char* to;
-  char* to_other;  // or null
-  int64_t bytes;
+  char* to_same;  // the copy of the source's name; the first same_from bytes of it are left alone
+  int64_t bytes, same_from;
 };
 
 }  // namespace
@@ -40,10 +40,12 @@ void move_positions(const LaneCache* caches, int64_t num_caches, int64_t num_pos
       const int64_t to_row = (lane * num_positions + first) * cache.row_bytes;
       char* same = reinterpret_cast<char*>(cache.address[move.source_copy]);
       char* other = reinterpret_cast<char*>(cache.address[1 - move.source_copy]);
+      const int64_t same_from =
+          move.source_lane == lane ? bytes : (move.both_from - move.first) * cache.row_bytes;
       for (int64_t at = 0; at < bytes; at += kPieceBytes) {
-        pieces.push_back({same + from_row + at, other + to_row + at,
-                          move.source_lane == lane ? nullptr : same + to_row + at,
-                          std::min(kPieceBytes, bytes - at)});
+        const int64_t length = std::min(kPieceBytes, bytes - at);
+        pieces.push_back({same + from_row + at, other + to_row + at, same + to_row + at, length,
+                          std::clamp<int64_t>(same_from - at, 0, length)});
       }
       total += bytes;
     }
@@ -52,7 +54,10 @@ void move_positions(const LaneCache* caches, int64_t num_caches, int64_t num_pos
   parallel_for(static_cast<int64_t>(pieces.size()), num_threads, [&](int64_t task) {
     const Piece& piece = pieces[task];
     std::memcpy(piece.to, piece.from, piece.bytes);
-    if (piece.to_other != nullptr) std::memcpy(piece.to_other, piece.from, piece.bytes);
+    const int64_t from = piece.same_from;
+    if (from < piece.bytes) {
+      std::memcpy(piece.to_same + from, piece.from + from, piece.bytes - from);
+    }
   });
 }
 

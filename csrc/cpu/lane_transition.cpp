@@ -119,7 +119,8 @@ class SlotTransition {
     bool through = *complete;
     if (me.phase == kPropose) {
       const bool cut_short = *complete && rules_.truncated_sum;
-      *log_r = ratio(lane, length, cut_short ? std::min(me.length, length) : me.length);
+      const int64_t n = cut_short ? std::min(me.length, length) : me.length;
+      *log_r = ratio(lane, length, {lane, kCurrent}, n);
       // Each term only falls while a proposal grows, in floating point too.
       through = through || (rules_.early_rejection && *log_r <= a_.log_u[lane]);
     }
@@ -127,8 +128,9 @@ class SlotTransition {
     return through;
   }
 
-  double ratio(int64_t lane, int64_t length, int64_t n) const {
-    double ratio = w_sum({lane, kWorking})[length] - w_sum({lane, kCurrent})[n];
+  // log r of a lane's proposal, `length` tokens of it, against n tokens of a state.
+  double ratio(int64_t lane, int64_t length, Source state, int64_t n) const {
+    double ratio = w_sum({lane, kWorking})[length] - w_sum(state)[n];
     if (rules_.length_term) ratio = (ratio + a_.log_int[n]) - a_.log_int[length];
     return ratio;
   }
@@ -166,22 +168,69 @@ class SlotTransition {
     const int64_t first = me.divergence, length = me.written;
     record(winner, {winner, kWorking}, length, true, winner_log_r);
     const int64_t split = std::min(first, me.agree);
+    // The lanes that are at no earlier item take the items that follow, none left out, so they can
+    // hold these.
+    int64_t last = me.item;
+    for_each_lane([&](int64_t lane) {
+      const Lane& other = a_.lanes[lane];
+      last += !(other.is_busy() && other.item < me.item);
+    });
     for_each_lane([&](int64_t lane) {
       if (lane == winner) return;
       Lane& other = a_.lanes[lane];
-      // What was begun after this item was begun from another state.
-      if (other.is_busy() && other.item > me.item) other.phase = kWait;
       other.agree = std::min(other.agree, split);
+      // What was begun after this item was begun from another state.
+      if (!other.is_busy() || other.item < me.item) return;
+      if (other.item <= last && is_the_same_from(winner, lane)) {
+        go_on_from(winner, lane);
+      } else {
+        other.phase = kWait;
+      }
     });
-    a_.moves[winner] = {winner, kWorking, first, length - first};
+    a_.moves[winner] = {winner, kWorking, first, length - first, first};
     me.phase = kWait;
     me.length = me.agree = me.divergence = length;
     chain.newest = winner;
     chain.newest_length = length;
     chain.ended = is_eos(tokens({winner, kWorking})[length - 1]);
-    chain.next_item = me.item + 1;
+    hand_out_from(me.item + 1);
     chain.end_item = a_.num_items;
     return {winner, kWorking};
+  }
+
+  // Whether a proposal would be what it is had it been begun from the accepted one, which is in the
+  // winner's working copy.
+  bool is_the_same_from(int64_t winner, int64_t lane) const {
+    const Lane &me = a_.lanes[lane], &accepted = a_.lanes[winner];
+    const int64_t n = accepted.written;
+    const bool through = me.cursor < me.written;
+    if (me.phase != kPropose || through || me.divergence >= me.agree) return false;
+    // Behind an extension comes another state.
+    if (me.item / items_per_block() != accepted.item / items_per_block()) return false;
+    if (rules_.growth_cap && me.limit != n) return false;
+    if (cut_of(transition_words(a_.slots[slot_].chain, me.item), n) != me.cut) return false;
+    if (!rules_.early_rejection) return true;
+    return !(ratio(lane, me.written, {winner, kWorking}, n) <= a_.log_u[lane]);
+  }
+
+  // Makes the accepted proposal the state that a lane's proposal is compared with. Its working copy
+  // keeps what was written for the item.
+  void go_on_from(int64_t winner, int64_t lane) {
+    Lane& me = a_.lanes[lane];
+    const int64_t n = a_.lanes[winner].written, first = me.agree;
+    a_.moves[lane] = {winner, kWorking, first, n - first, std::max(first, me.written)};
+    me.length = me.agree = n;
+  }
+
+  // Lets the next item be the first one from `item` on that no lane is at.
+  void hand_out_from(int64_t item) {
+    bool held = true;
+    for (; held; item += held) {
+      held = false;
+      for_each_lane(
+          [&](int64_t lane) { held |= a_.lanes[lane].is_busy() && a_.lanes[lane].item == item; });
+    }
+    a_.slots[slot_].next_item = item;
   }
 
   // Gives a lane the chain's next item that takes a model step, if there is one.
@@ -197,7 +246,7 @@ class SlotTransition {
         chain.end_item = item;
         return;
       }
-      chain.next_item = item + 1;
+      hand_out_from(item + 1);
       Proposal proposal = {0, n, 0.0};
       if (!extends) proposal = draw(chain.chain, item, n, source);
       const int64_t divergence = proposal.divergence;
@@ -224,11 +273,20 @@ class SlotTransition {
     }
   }
 
+  PhiloxWords transition_words(int64_t chain, int64_t item) const {
+    const auto number = static_cast<uint32_t>(transition_number(item));
+    return philox4x32({{kTransitionDraw, 0, number, static_cast<uint32_t>(chain)}}, *a_.seed);
+  }
+
+  static int64_t cut_of(const PhiloxWords& words, int64_t n) {
+    return (static_cast<int64_t>(words.v[0]) * n) >> 32;
+  }
+
   Proposal draw(int64_t chain, int64_t item, int64_t n, Source source) const {
     const auto number = static_cast<uint32_t>(transition_number(item));
     const auto chain_word = static_cast<uint32_t>(chain);
-    const PhiloxWords words = philox4x32({{kTransitionDraw, 0, number, chain_word}}, *a_.seed);
-    const int64_t cut = (static_cast<int64_t>(words.v[0]) * n) >> 32;
+    const PhiloxWords words = transition_words(chain, item);
+    const int64_t cut = cut_of(words, n);
     const double log_u = std::log(uniform53(words.v[1], words.v[2]));
     int64_t divergence = cut;
     if (rules_.shared_prefix_skip) {
@@ -245,12 +303,13 @@ class SlotTransition {
   // Makes both copies of a lane the newest state, n tokens.
   void sync(int64_t lane, int64_t n, Source source) {
     Lane& me = a_.lanes[lane];
-    LaneMove move = {source.lane, source.copy, std::min(me.agree, me.divergence), 0};
+    LaneMove move = {source.lane, source.copy, std::min(me.agree, me.divergence), 0, 0};
     move.count = n - move.first;
     if (me.agree >= n) {
       // Its own current copy is: undo what was written.
-      move = {lane, kCurrent, me.divergence, std::min(me.written, n) - me.divergence};
+      move = {lane, kCurrent, me.divergence, std::min(me.written, n) - me.divergence, 0};
     }
+    move.both_from = move.first;
     if (move.count > 0) a_.moves[lane] = move;
     me.length = me.agree = n;
   }
@@ -291,13 +350,15 @@ class SlotTransition {
 // Does a lane's move to its tokens, scores and sums.
 void move_lane(const LaneArrays& a, int64_t lane) {
   const LaneMove& move = a.moves[lane];
-  const int64_t first = move.first, count = move.count;
-  if (count == 0) return;
+  if (move.count == 0) return;
   const auto row = [&](int64_t copy, int64_t of) { return copy * a.num_lanes + of; };
   const int64_t source = row(move.source_copy, move.source_lane);
   for (const int64_t copy : {kWorking, kCurrent}) {
     const int64_t target = row(copy, lane);
     if (target == source) continue;
+    const int64_t first = copy == move.source_copy ? move.both_from : move.first;
+    const int64_t count = move.first + move.count - first;
+    if (count <= 0) continue;
     const int64_t to = target * a.max_length + first, from = source * a.max_length + first;
     std::memcpy(a.tokens + to, a.tokens + from, count * sizeof(*a.tokens));
     std::memcpy(a.scores + to, a.scores + from, count * sizeof(*a.scores));
@@ -342,7 +403,7 @@ void lane_transition(const LaneArrays& arrays, const TransitionRules& rules,
   const Members members(arrays);
   std::atomic<int64_t> num_decoded{0};
   std::atomic<bool> bad{false};
-  std::fill(arrays.moves, arrays.moves + arrays.num_lanes, LaneMove{0, 0, 0, 0});
+  std::fill(arrays.moves, arrays.moves + arrays.num_lanes, LaneMove{0, 0, 0, 0, 0});
   for_each([&](int64_t slot) {
     SlotTransition transition(arrays, rules, drawn, members, slot);
     transition.run();

@@ -35,7 +35,7 @@ def word_pointer(address, WORD_BYTES: tl.constexpr):
 def move_kernel(
     table_ptr,  # int64 [T, 3]: addresses of copy 0 and of copy 1, bytes of a row
     num_tensors,
-    moves_ptr,  # int64 [C, 4]: source lane, source copy, first, count
+    moves_ptr,  # int64 [C, 5]: source lane, source copy, first, count, both from
     offset_ptr,  # int64 [C]
     num_lanes,
     num_positions,
@@ -46,7 +46,7 @@ def move_kernel(
 ):
     """Copies every unit; any number of programs."""
     lanes = tl.arange(0, LANES)
-    counts = tl.load(moves_ptr + 4 * lanes + 3, mask=lanes < num_lanes, other=0)
+    counts = tl.load(moves_ptr + 5 * lanes + 3, mask=lanes < num_lanes, other=0)
     runs = (tl.maximum(counts, 0).to(tl.int32) + run - 1) // run
     end = tl.cumsum(runs, axis=0)
     units = tl.sum(runs, axis=0) * num_tensors
@@ -61,24 +61,28 @@ def move_kernel(
         lane = tl.sum(is_before, axis=0)
         skipped = (index - tl.sum(is_before * runs, axis=0)).to(tl.int64) * run
 
-        source = tl.load(moves_ptr + 4 * lane)
-        copy = tl.load(moves_ptr + 4 * lane + 1)
-        first = tl.load(offset_ptr + lane) + tl.load(moves_ptr + 4 * lane + 2) + skipped
-        left = tl.load(moves_ptr + 4 * lane + 3) - skipped
+        move_ptr = moves_ptr + 5 * lane
+        source = tl.load(move_ptr)
+        copy = tl.load(move_ptr + 1)
+        begin = tl.load(move_ptr + 2) + skipped
+        first = tl.load(offset_ptr + lane) + begin
+        left = tl.load(move_ptr + 3) - skipped
+        only_other = tl.maximum(tl.load(move_ptr + 4) - begin, 0)
         row_bytes = tl.load(row_ptr + 2)
         from_row = (source * num_positions + first) * row_bytes
         to_row = (lane.to(tl.int64) * num_positions + first) * row_bytes
         read = tl.load(row_ptr + copy)
         from_ptr = word_pointer(read + from_row, WORD_BYTES)
         to_ptr = word_pointer(tl.load(row_ptr + 1 - copy) + to_row, WORD_BYTES)
-        to_both = source != lane
         to_same_ptr = word_pointer(read + to_row, WORD_BYTES)
 
         # A multiple of two words of 8, so that 16 bytes are masked together.
-        words = tl.minimum(left, run) * (row_bytes // WORD_BYTES) * (WORD_BYTES // WORD)
+        row_words = (row_bytes // WORD_BYTES) * (WORD_BYTES // WORD)
+        words = tl.minimum(left, run) * row_words
+        same_from = tl.where(source == lane, words, only_other * row_words)
         for start in range(0, words, BLOCK):
             at = start + word
             kept = at < words
             x = tl.load(from_ptr + at, mask=kept)
             tl.store(to_ptr + at, x, mask=kept)
-            tl.store(to_same_ptr + at, x, mask=kept & to_both)
+            tl.store(to_same_ptr + at, x, mask=kept & (at >= same_from))

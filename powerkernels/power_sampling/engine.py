@@ -290,7 +290,8 @@ class _Run:
         moves = torch.zeros(state.moves.shape, dtype=torch.int64)
         # A chain's first lane has the number of its slot.
         offset = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        columns = (torch.tensor(slots), torch.full_like(offset, CURRENT), -offset, offset)
+        copy = torch.full_like(offset, CURRENT)
+        columns = (torch.tensor(slots), copy, -offset, offset, -offset)
         moves[torch.tensor(self._idle)] = torch.stack(columns, dim=1)
         self._idle.clear()
         self._model.move(moves.to(self._model.device), state.offset.to(self._model.device))

@@ -67,7 +67,8 @@ SOURCE_LANE = tl.constexpr(lane_state.SOURCE_LANE)
 SOURCE_COPY = tl.constexpr(lane_state.SOURCE_COPY)
 FIRST = tl.constexpr(lane_state.FIRST)
 COUNT = tl.constexpr(lane_state.COUNT)
-NUM_MOVE_FIELDS = tl.constexpr(4)
+BOTH_FROM = tl.constexpr(lane_state.BOTH_FROM)
+NUM_MOVE_FIELDS = tl.constexpr(lane_state.NUM_MOVE_FIELDS)
 NUM_TRACE_FIELDS = tl.constexpr(len(lane_state.TRACE_FIELDS))
 
 TOKEN_DRAW = tl.constexpr(metropolis_hastings.TOKEN_DRAW)
@@ -166,11 +167,26 @@ def record(
 
 
 @triton.jit
-def store_moves(move_ptr, source_lane, source_copy, first, count, mask):
+def drawn_cut(word, n):
+    """The cut of a proposal from a completion of n tokens."""
+    return (((word.to(tl.int64) & 0xFFFFFFFF) * n) >> 32).to(tl.int32)
+
+
+@triton.jit
+def first_free(item, held, items):
+    """The first item from `item` on that no lane holds."""
+    while any_of(held & (items == item)):
+        item += 1
+    return item
+
+
+@triton.jit
+def store_moves(move_ptr, source_lane, source_copy, first, count, both_from, mask):
     tl.store(move_ptr + SOURCE_LANE, source_lane, mask=mask)
     tl.store(move_ptr + SOURCE_COPY, source_copy, mask=mask)
     tl.store(move_ptr + FIRST, first, mask=mask)
     tl.store(move_ptr + COUNT, count, mask=mask)
+    tl.store(move_ptr + BOTH_FROM, both_from, mask=mask)
 
 
 @triton.jit(
@@ -236,7 +252,7 @@ def mh_transition_kernel(
     none = tl.zeros_like(lane)
     slot_ptr = slots_ptr + slot * NUM_SLOT_FIELDS
     if tl.load(slot_ptr + STATUS) != RUNNING:
-        store_moves(move_ptr, none, none, none, none, of_moves)
+        store_moves(move_ptr, none, none, none, none, none, of_moves)
         return
 
     phase = load_field(lane_ptr, PHASE, mine)
@@ -259,6 +275,8 @@ def mh_transition_kernel(
     move_copy = none
     move_first = none
     move_count = none
+    move_both_from = none
+    goes_on = lane < 0
     # The accepted completion's last token; it has one if there is an accepted item.
     has_winner = slot < 0
     last_token = tl.full([], 0, tl.int64)
@@ -340,8 +358,7 @@ def mh_transition_kernel(
             written - divergence,
             is_winner | rejected,
         )
-        dropped = mine & (phase >= EXTEND) & (item > won_item)
-        phase = tl.where(rejected | is_winner | dropped, WAIT, phase)
+        phase = tl.where(rejected | is_winner, WAIT, phase)
         if has_winner:
             newest = picked(lane, is_winner)
             n = picked(written, is_winner)
@@ -349,15 +366,49 @@ def mh_transition_kernel(
             last_log_q = picked_float(log_q, is_winner)
             log_likelihood = picked_float(log_prob_sum, is_winner)
             ended = picked(is_eos.to(tl.int32), is_winner)
-            next_item = won_item + 1
             end_item = tl.zeros_like(end_item) + num_items
             split = picked(tl.minimum(divergence, agree), is_winner)
             agree = tl.where(is_winner, n, tl.minimum(agree, split))
-            length = tl.where(is_winner, n, length)
-            move_lane = tl.where(is_winner, lane, 0)
-            move_copy = tl.where(is_winner, WORKING, none)
-            move_first = tl.where(is_winner, divergence, 0)
-            move_count = tl.where(is_winner, n - divergence, 0)
+
+            # What was begun after this item was begun from another state. It goes on if it would be
+            # what it is from this one. The lanes that are at no earlier item take the items that
+            # follow, none left out, so they can hold these.
+            later = mine & (phase >= EXTEND) & (item > won_item)
+            at_earlier = mine & (phase >= EXTEND) & (item < won_item)
+            last = won_item + tl.sum((mine & (at_earlier == 0)).to(tl.int32), axis=0)
+            goes_on = later & (item <= last) & (phase == PROPOSE) & (through == 0)
+            goes_on = goes_on & (divergence < agree)
+            # Behind an extension comes another state.
+            block = item // (num_mcmc_steps + 1)
+            goes_on = goes_on & (block == won_item // (num_mcmc_steps + 1))
+            if GROWTH_CAP:
+                goes_on = goes_on & (load_field(lane_ptr, LIMIT, goes_on) == n)
+            number = transition_number(item, num_mcmc_steps)
+            word, _, _, _ = philox_words(
+                tl.load(seed_ptr),
+                TRANSITION_DRAW,
+                tl.zeros_like(number),
+                number,
+                tl.zeros_like(number) + chain.to(tl.int32),
+            )
+            goes_on = goes_on & (drawn_cut(word, n) == cut)
+            if EARLY_REJECTION:
+                bound = w_sum - picked_float(w_sum, is_winner)
+                if LENGTH_TERM:
+                    log_written = tl.load(log_int_ptr + written, mask=goes_on, other=0.0)
+                    bound = (bound + tl.load(log_int_ptr + n)) - log_written
+                goes_on = goes_on & ((bound <= log_u) == 0)
+            phase = tl.where(later & (goes_on == 0), WAIT, phase)
+            next_item = first_free(won_item + 1, goes_on, item)
+
+            moves_to = is_winner | goes_on
+            length = tl.where(moves_to, n, length)
+            move_lane = tl.where(moves_to, newest, 0)
+            move_copy = tl.where(moves_to, WORKING, none)
+            move_first = tl.where(is_winner, divergence, tl.where(goes_on, agree, 0))
+            move_count = tl.where(moves_to, n - move_first, 0)
+            move_both_from = tl.where(goes_on, tl.maximum(agree, written), move_first)
+            agree = tl.where(goes_on, n, agree)
             divergence = tl.where(is_winner, n, divergence)
 
     # The newest completion is in the winner's working copy, or else in a current copy.
@@ -386,9 +437,9 @@ def mh_transition_kernel(
             w0, w1, w2, _ = philox_words(
                 seed, TRANSITION_DRAW, tl.zeros_like(number), number, chain
             )
-            drawn_cut = (((w0.to(tl.int64) & 0xFFFFFFFF) * n) >> 32).to(tl.int32)
-            new_cut = tl.where(extends, 0, drawn_cut)
-            first = tl.where(extends, n, drawn_cut)
+            its_cut = drawn_cut(w0, n)
+            new_cut = tl.where(extends, 0, its_cut)
+            first = tl.where(extends, n, its_cut)
             ban = tl.full([], -1, tl.int64)
             if SHARED_PREFIX_SKIP:
                 first = first_difference(
@@ -430,7 +481,7 @@ def mh_transition_kernel(
             new_log_u = tl.where(begins, its_log_u, new_log_u)
             extending = extends & (repeats == 0)
             next_lane = tl.min(tl.where(waiting & (begun == 0), lane, num_lanes), axis=0)
-            next_item += 1
+            next_item = first_free(next_item + 1, goes_on, item)
         open = (next_lane < num_lanes) & (next_item < end_item) & (extending == 0)
 
     # Both copies of the lanes that begin become the newest state: from its own current copy, if
@@ -444,7 +495,8 @@ def mh_transition_kernel(
     move_copy = tl.where(syncs, tl.where(own, CURRENT, source_copy), move_copy)
     move_first = tl.where(syncs, sync_first, move_first)
     move_count = tl.where(syncs, sync_count, move_count)
-    store_moves(move_ptr, move_lane, move_copy, move_first, move_count, of_moves)
+    move_both_from = tl.where(syncs, sync_first, move_both_from)
+    store_moves(move_ptr, move_lane, move_copy, move_first, move_count, move_both_from, of_moves)
 
     is_extension = begun & (transition_number(item, num_mcmc_steps) == 0)
     if GROWTH_CAP:
@@ -475,15 +527,16 @@ def mh_transition_kernel(
 
 @triton.jit
 def copy_entries(
-    source_ptr, first_ptr, second_ptr, to_first, to_second, count, BLOCK: tl.constexpr
+    source_ptr, working_ptr, current_ptr, working_from, current_from, count, BLOCK: tl.constexpr
 ):
-    """To the two targets, or to one of them."""
+    """To the two targets, to each from an entry on."""
     index = tl.arange(0, BLOCK)
     for start in range(0, count, BLOCK):
         kept = start + index < count
         values = tl.load(source_ptr + start + index, mask=kept)
-        tl.store(first_ptr + start + index, values, mask=kept & to_first)
-        tl.store(second_ptr + start + index, values, mask=kept & to_second)
+        at = start + index
+        tl.store(working_ptr + at, values, mask=kept & (at >= working_from))
+        tl.store(current_ptr + at, values, mask=kept & (at >= current_from))
 
 
 @triton.jit
@@ -545,10 +598,15 @@ def prepare_step_kernel(
     # Rows of both copies; offsets into them are in 64 bits.
     working = lane.to(tl.int64)
     current = (num_lanes + lane).to(tl.int64)
-    source = tl.load(move_ptr + SOURCE_COPY) * num_lanes + tl.load(move_ptr + SOURCE_LANE)
+    source_copy = tl.load(move_ptr + SOURCE_COPY)
+    source = source_copy * num_lanes + tl.load(move_ptr + SOURCE_LANE)
+    both_from = tl.load(move_ptr + BOTH_FROM).to(tl.int32)
+    # Each copy's first position that is moved to.
+    to_working = tl.where(source_copy == WORKING, both_from, first)
+    to_working = tl.where(source == working, last, to_working)
+    to_current = tl.where(source_copy == CURRENT, both_from, first)
+    to_current = tl.where(source == current, last, to_current)
     if count > 0:
-        to_working = source != working
-        to_current = source != current
         at = source * max_length + first
         at_working = working * max_length + first
         at_current = current * max_length + first
@@ -556,8 +614,8 @@ def prepare_step_kernel(
             tokens_ptr + at,
             tokens_ptr + at_working,
             tokens_ptr + at_current,
-            to_working,
-            to_current,
+            to_working - first,
+            to_current - first,
             count,
             BLOCK,
         )
@@ -565,8 +623,8 @@ def prepare_step_kernel(
             scores_ptr + at * NUM_SCORES,
             scores_ptr + at_working * NUM_SCORES,
             scores_ptr + at_current * NUM_SCORES,
-            to_working,
-            to_current,
+            (to_working - first) * NUM_SCORES,
+            (to_current - first) * NUM_SCORES,
             count * NUM_SCORES,
             BLOCK,
         )
@@ -575,8 +633,8 @@ def prepare_step_kernel(
             w_sum_ptr + at + source + 1,
             w_sum_ptr + at_working + working + 1,
             w_sum_ptr + at_current + current + 1,
-            to_working,
-            to_current,
+            to_working - first,
+            to_current - first,
             count,
             BLOCK,
         )
@@ -588,7 +646,7 @@ def prepare_step_kernel(
     if cursor > 0:
         # From where the move has it: its copy may not be in memory yet.
         t = cursor - 1
-        row = tl.where((t >= first) & (t < last), source, working)
+        row = tl.where((t >= to_working) & (t < last), source, working)
         fed = tl.load(tokens_ptr + row * max_length + t)
     tl.store(fed_ptr + lane, fed)
     tl.store(position_ptr + lane, tl.load(offset_ptr + lane) + cursor)

@@ -50,10 +50,11 @@ class LaneModel(Protocol):
         """Copy cached positions, all moves as if at once.
 
         Args:
-            moves: int64 [C, 4], a row (source lane, source copy, first, count) for each lane.
-                Positions offset + first … offset + first + count - 1 of that copy of the source
-                lane go to the lane's other copy if it is its own source, else to both its copies.
-                Nothing where count is 0. What is a source is no target.
+            moves: int64 [C, 5], a row (source lane, source copy, first, count, both from) for each
+                lane. Positions offset + first … offset + first + count - 1 of that copy of the
+                source lane go to the lane's other copy, and those from offset + both from on to
+                its copy of the same name too, if it is not its own source. Nothing where count is
+                0. What is a source is no target.
             offset: int64 [C].
         """
         ...

@@ -9,7 +9,9 @@ its *working* copy is what is being written.
 With one lane, items are made one after another. More lanes *prefetch*: they make the next
 transitions from the same state, as the chain itself would if the earlier ones were rejected. What a
 transition draws depends on its number and on the state, so a chain has the same bits with any
-number of lanes; what turns out to have started from the wrong state is dropped.
+number of lanes. What turns out to have started from the wrong state goes on if it would have come
+this far from the right one too: its cut is the same, and the two states differ behind the token
+that it replaced first. Else it is dropped.
 
 The *newest* state of a chain is that after all items resolved so far, those under way taken as
 rejected. Items are handed out from it.
@@ -46,7 +48,7 @@ NUM_LANE_FIELDS = 12
 # Columns of `slots`.
 STATUS = 0
 CHAIN = 1  # last word of the Philox counters
-NEXT_ITEM = 2  # first item not handed out
+NEXT_ITEM = 2  # first item to be handed out; all before it were
 END_ITEM = 3  # items of the chain
 NEWEST = 4  # a lane whose current copy is the newest state
 NEWEST_LENGTH = 5
@@ -62,7 +64,8 @@ WORKING, CURRENT = 0, 1
 # Last index of `scores`.
 LOG_PROB, LOG_Q, ENTROPY, LOG_PROB_SUM, NUM_SCORES = 0, 1, 2, 3, 4
 # Columns of `moves`; see `lane_moves`.
-SOURCE_LANE, SOURCE_COPY, FIRST, COUNT = 0, 1, 2, 3
+SOURCE_LANE, SOURCE_COPY, FIRST, COUNT, BOTH_FROM = 0, 1, 2, 3, 4
+NUM_MOVE_FIELDS = 5
 # Last index of `trace`. An extension counts as accepted, with cut 0 and ratio 0.
 TRACE_FIELDS = (
     "block",
@@ -134,7 +137,7 @@ class LaneState:
     counters: Tensor  # int64 [C, 4], Philox counters of the draw
     ban: Tensor  # int64 [C], token excluded from the draw, -1 for none
     # What the last transition asks the cache to do, and how things stand.
-    moves: Tensor  # int64 [C, 4]
+    moves: Tensor  # int64 [C, NUM_MOVE_FIELDS]
     totals: Tensor  # int64 [NUM_TOTALS]
     go: Tensor  # int32 [1], 1 while there are chains, none has finished and no token was bad
     # Constants.
@@ -185,7 +188,7 @@ def init_lanes(
         position=torch.zeros(num_lanes, **ints),
         counters=torch.zeros(num_lanes, 4, **ints),
         ban=torch.full((num_lanes,), -1, **ints),
-        moves=torch.zeros(num_lanes, 4, **ints),
+        moves=torch.zeros(num_lanes, NUM_MOVE_FIELDS, **ints),
         totals=torch.zeros(NUM_TOTALS, **ints),
         go=torch.zeros(1, dtype=torch.int32, device=device),
         block_limits=torch.tensor(limits, device=device),

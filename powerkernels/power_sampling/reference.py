@@ -20,6 +20,7 @@ from powerkernels.power_sampling.lane_state import (
     BAD,
     BANNED,
     CHAIN,
+    COUNT,
     CURRENT,
     CURSOR,
     CUT,
@@ -197,10 +198,11 @@ class _Transition:
         """
         return self._ratio(lane, length, int(self.lanes[lane, LENGTH]))
 
-    def _ratio(self, lane: int, length: int, n: int) -> float:
+    def _ratio(self, lane: int, length: int, n: int, state: Source | None = None) -> float:
+        copy, of = (CURRENT, lane) if state is None else (state.copy, state.lane)
         # inf - inf is NaN, which neither stops a proposal nor accepts it.
         with np.errstate(invalid="ignore"):
-            ratio = self.w_sum[WORKING, lane, length] - self.w_sum[CURRENT, lane, n]
+            ratio = self.w_sum[WORKING, lane, length] - self.w_sum[copy, of, n]
         if self.rules.length_term:
             ratio = (ratio + self.log_int[n]) - self.log_int[length]
         return float(ratio)
@@ -226,26 +228,67 @@ class _Transition:
         first, length, item = int(me[DIVERGENCE]), int(me[WRITTEN]), int(me[ITEM])
         self._record(slot, winner, Source(winner, WORKING), length, accepted=True)
         split = min(first, int(me[AGREE]))
+        earlier = [
+            lane
+            for lane in lanes
+            if self.lanes[lane, PHASE] >= EXTEND and self.lanes[lane, ITEM] < item
+        ]
+        # The other lanes take the items that follow, none left out, so they can hold these.
+        last = item + len(lanes) - len(earlier)
         for lane in lanes:
             other = self.lanes[lane]
             if lane == winner:
                 continue
+            other[AGREE] = min(other[AGREE], split)
             # What was begun after this item was begun from another state.
             if other[PHASE] >= EXTEND and other[ITEM] > item:
-                self._drop(lane)
-            other[AGREE] = min(other[AGREE], split)
-        self.moves[winner] = (winner, WORKING, first, length - first)
+                if other[ITEM] <= last and self._is_the_same_from(winner, lane, slot):
+                    self._go_on_from(winner, lane)
+                else:
+                    self._drop(lane)
+        self.moves[winner] = (winner, WORKING, first, length - first, first)
         me[PHASE] = WAIT
         me[LENGTH] = me[AGREE] = me[DIVERGENCE] = length
         chain[NEWEST], chain[NEWEST_LENGTH] = winner, length
         chain[ENDED] = int(self.tokens[WORKING, winner, length - 1]) in self.eos_tokens
-        chain[NEXT_ITEM], chain[END_ITEM] = item + 1, self.trace.shape[1]
+        chain[END_ITEM] = self.trace.shape[1]
+        self._hand_out_from(slot, item + 1, lanes)
         return Source(winner, WORKING)
 
     def _is_accepted(self, lane: int) -> bool:
         log_r, complete = self.through[lane]
         extends = self.lanes[lane, PHASE] == EXTEND
         return bool(extends or (complete and self.log_u[lane] < log_r))
+
+    def _is_the_same_from(self, winner: int, lane: int, slot: int) -> bool:
+        """Whether a proposal would be what it is had it been begun from the accepted one.
+
+        The accepted one is in the winner's working copy, and `AGREE` says how far it is the state
+        that the proposal was begun from.
+        """
+        me, rules = self.lanes[lane], self.rules
+        n, item, written = int(self.lanes[winner, WRITTEN]), int(me[ITEM]), int(me[WRITTEN])
+        if me[PHASE] != PROPOSE or lane in self.through or me[DIVERGENCE] >= me[AGREE]:
+            return False
+        # Behind an extension comes another state.
+        if item // rules.items_per_block != self.lanes[winner, ITEM] // rules.items_per_block:
+            return False
+        if (rules.growth_cap and me[LIMIT] != n) or self._cut(self.slots[slot], item, n) != me[CUT]:
+            return False
+        if not rules.early_rejection:
+            return True
+        bound = self._ratio(lane, written, n, Source(winner, WORKING))
+        return not bound <= self.log_u[lane]
+
+    def _go_on_from(self, winner: int, lane: int) -> None:
+        """Make the accepted proposal the state that a lane's proposal is compared with.
+
+        Its working copy keeps what was written for the item.
+        """
+        me = self.lanes[lane]
+        n, first = int(self.lanes[winner, WRITTEN]), int(me[AGREE])
+        self.moves[lane] = (winner, WORKING, first, n - first, max(first, int(me[WRITTEN])))
+        me[LENGTH] = me[AGREE] = n
 
     def _drop(self, lane: int) -> None:
         self.lanes[lane, PHASE] = WAIT
@@ -264,7 +307,7 @@ class _Transition:
             if number == 0 and block > 0 and chain[ENDED] and rules.stop_at_eos:
                 chain[END_ITEM] = item
                 return
-            chain[NEXT_ITEM] = item + 1
+            self._hand_out_from(slot, item + 1, lanes)
             cut, log_u, divergence, banned, phase = 0, 0.0, n, -1, EXTEND
             if number > 0:
                 phase = PROPOSE
@@ -285,21 +328,32 @@ class _Transition:
             self.log_u[lane] = log_u
             return
 
-    def _draw(self, chain: np.ndarray, item: int, n: int, source: Source) -> tuple[int, float, int]:
-        """Cut, log u and divergence of a proposal; the divergence is n if it repeats everything."""
+    def _hand_out_from(self, slot: int, item: int, lanes: list[int]) -> None:
+        """Let the next item be the first one from `item` on that no lane is at."""
+        held = {int(self.lanes[lane, ITEM]) for lane in lanes if self.lanes[lane, PHASE] >= EXTEND}
+        while item in held:
+            item += 1
+        self.slots[slot, NEXT_ITEM] = item
+
+    def _cut(self, chain: np.ndarray, item: int, n: int) -> int:
+        return int(self._transition_draws(chain, item, n)[0])
+
+    def _transition_draws(self, chain: np.ndarray, item: int, n: int) -> tuple[Tensor, Tensor]:
         number = torch.tensor([self._transition_number(item)])
         chain_number = torch.tensor([int(chain[CHAIN])])
-        cut, log_u = transition_draws(
-            torch.tensor([n]), number, chain_number, seed=self.seed_tensor
-        )
+        return transition_draws(torch.tensor([n]), number, chain_number, seed=self.seed_tensor)
+
+    def _draw(self, chain: np.ndarray, item: int, n: int, source: Source) -> tuple[int, float, int]:
+        """Cut, log u and divergence of a proposal; the divergence is n if it repeats everything."""
+        cut, log_u = self._transition_draws(chain, item, n)
         m = int(cut)
         if not self.rules.shared_prefix_skip:
             return m, float(log_u), m
         position = torch.arange(m, n)
         u = match_draws(
             position,
-            number.expand_as(position),
-            chain_number.expand_as(position),
+            torch.full_like(position, self._transition_number(item)),
+            torch.full_like(position, int(chain[CHAIN])),
             seed=self.seed_tensor,
         )
         q = torch.from_numpy(self.scores[source.copy, source.lane, m:n, LOG_Q]).exp()
@@ -312,11 +366,11 @@ class _Transition:
         if me[AGREE] >= n:
             # Its own current copy is: undo what was written.
             first, last = int(me[DIVERGENCE]), min(int(me[WRITTEN]), n)
-            move = (lane, CURRENT, first, last - first)
+            move = (lane, CURRENT, first, last - first, first)
         else:
             first = min(int(me[AGREE]), int(me[DIVERGENCE]))
-            move = (*source, first, n - first)
-        if move[3] > 0:
+            move = (*source, first, n - first, first)
+        if move[COUNT] > 0:
             self.moves[lane] = move
         me[LENGTH] = me[AGREE] = n
 
@@ -351,15 +405,18 @@ class _Transition:
 
     def _move(self, lane: int) -> None:
         """Do a lane's move to its tokens, scores and sums."""
-        source_lane, copy, first, count = map(int, self.moves[lane])
+        source_lane, copy, first, count, both_from = map(int, self.moves[lane])
         if count == 0:
             return
-        at, after = slice(first, first + count), slice(first + 1, first + count + 1)
+        end = first + count
         for target in (WORKING, CURRENT):
-            if (target, lane) != (copy, source_lane):
-                self.tokens[target, lane, at] = self.tokens[copy, source_lane, at]
-                self.scores[target, lane, at] = self.scores[copy, source_lane, at]
-                self.w_sum[target, lane, after] = self.w_sum[copy, source_lane, after]
+            if (target, lane) == (copy, source_lane):
+                continue
+            start = both_from if target == copy else first
+            at, after = slice(start, end), slice(start + 1, end + 1)
+            self.tokens[target, lane, at] = self.tokens[copy, source_lane, at]
+            self.scores[target, lane, at] = self.scores[copy, source_lane, at]
+            self.w_sum[target, lane, after] = self.w_sum[copy, source_lane, after]
 
     def _prepare_step(self, lane: int) -> None:
         """What the model is fed next. A lane without an item repeats the prompt's last token."""

@@ -730,7 +730,7 @@ MOVES = Specimen(
     # The narrow loads are the moves'. 8 blocks of 4 warps are to be resident.
     expected=Expectation(
         vector_loads=True,
-        scalar_loads=9,
+        scalar_loads=10,
         vector_stores=True,
         max_registers=64,
         min_resident_warps=32,

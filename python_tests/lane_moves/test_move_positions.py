@@ -28,8 +28,8 @@ QUIET = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-# A move of one lane: (source lane, source copy, first, count), and the lane's offset.
-Move = tuple[int, int, int, int]
+# A move of one lane: (source lane, source copy, first, count, both from).
+Move = tuple[int, int, int, int, int]
 
 
 def random_copies(
@@ -58,12 +58,13 @@ def moved_one_by_one(
     """Everything is read from the tensors as they were."""
     results = [as_bytes(tensor).clone() for tensor in copies]
     for before, result in zip(copies, results, strict=True):
-        for lane, (source, copy, first, count) in enumerate(moves):
-            for position in range(offset[lane] + first, offset[lane] + first + count):
-                row = as_bytes(before)[copy, source * positions + position]
+        for lane, (source, copy, first, count, both_from) in enumerate(moves):
+            for position in range(first, first + count):
+                at = offset[lane] + position
+                row = as_bytes(before)[copy, source * positions + at]
                 for target in (WORKING, CURRENT):
-                    if source != lane or target != copy:
-                        result[target, lane * positions + position] = row
+                    if target != copy or (source != lane and position >= both_from):
+                        result[target, lane * positions + at] = row
     return results
 
 
@@ -101,7 +102,8 @@ def cases(draw: st.DrawFn) -> tuple[int, list[Move], list[int], list[tuple[int, 
                 source = draw(st.sampled_from(sources))
             else:
                 offset[lane] = draw(st.integers(0, prompt))
-        moves.append((source, copy_of[source], first, count))
+        both_from = first + draw(st.integers(0, max(count, 0) + 1))
+        moves.append((source, copy_of[source], first, count, both_from))
     widths = draw(st.sampled_from([*WORDS.values(), [pair for w in WORDS.values() for pair in w]]))
     return positions, moves, offset, widths
 
@@ -124,14 +126,15 @@ def test_random_moves_in_the_kernel(kernel_device: str, case: tuple) -> None:
     check_case(case, kernel_device)
 
 
-# Lane 0 commits, 1 restores, 2 takes from 4's current copy, 3 from its working one; 5 is idle.
+# Lane 0 commits, 1 restores, 2 takes from 4's current copy, 3 from its working one and keeps some
+# of its own; 5 is idle.
 MOVES: list[Move] = [
-    (0, WORKING, 2, 900),
-    (1, CURRENT, 0, 7),
-    (4, CURRENT, 5, 333),
-    (4, WORKING, 0, 1000),
-    (4, CURRENT, 0, 0),
-    (0, CURRENT, 3, -1),
+    (0, WORKING, 2, 900, 2),
+    (1, CURRENT, 0, 7, 0),
+    (4, CURRENT, 5, 333, 5),
+    (4, WORKING, 0, 1000, 431),
+    (4, CURRENT, 0, 0, 0),
+    (0, CURRENT, 3, -1, 3),
 ]
 OFFSET = [11, 40, 3, 3, 3, 0]
 
@@ -155,7 +158,7 @@ def test_wide_rows_in_the_kernel(kernel_device: str) -> None:
     from powerkernels.lane_moves import gpu
 
     width = gpu.RUN_BYTES // 4 + 100
-    moves = [(0, WORKING, 1, 2), (0, WORKING, 0, 4)]
+    moves = [(0, WORKING, 1, 2, 1), (0, WORKING, 0, 4, 1)]
     check(random_copies(2, 4, [(width, torch.float32)]), 4, moves, [0, 0], kernel_device)
 
 
@@ -163,15 +166,17 @@ def test_copies_that_lie_apart(backend: str) -> None:
     """The stride from one copy to the other is free; what lies between them stays as it was."""
     storage = random_copies(2, 2 * 5, [(3, torch.int16)])[0]
     copies = storage[:, 10:20]
-    before, expected = storage.clone(), moved_one_by_one([copies], 5, [(0, 0, 0, 3)] * 2, [1, 1])
-    move_positions(LaneCaches([copies], 5), torch.tensor([(0, 0, 0, 3)] * 2), torch.tensor([1, 1]))
+    before, expected = storage.clone(), moved_one_by_one([copies], 5, [(0, 0, 0, 3, 0)] * 2, [1, 1])
+    move_positions(
+        LaneCaches([copies], 5), torch.tensor([(0, 0, 0, 3, 0)] * 2), torch.tensor([1, 1])
+    )
     assert torch.equal(as_bytes(copies), expected[0])
     assert torch.equal(storage[:, :10], before[:, :10])
 
 
 def test_nothing_to_move(backend: str) -> None:
     copies = random_copies(2, 3, [(4, torch.float32), (5, torch.int8)])
-    check(copies, 3, [(9, 7, 5, 0), (-1, 3, 2, -5)], [99, -99])
+    check(copies, 3, [(9, 7, 5, 0, 5), (-1, 3, 2, -5, 2)], [99, -99])
     run_on_nothing("cpu")
 
 
@@ -184,7 +189,7 @@ def run_on_nothing(device: str) -> None:
     """Rows without bytes, and no lanes."""
     integers = {"dtype": torch.int64, "device": device}
     empty = LaneCaches([torch.zeros(2, 6, 0, device=device)], 3)
-    moves = torch.tensor([(0, 0, 0, 3), (0, 0, 0, 3)], **integers)
+    moves = torch.tensor([(0, 0, 0, 3, 0), (0, 0, 0, 3, 0)], **integers)
     move_positions(empty, moves, torch.zeros(2, **integers))
     no_lanes = LaneCaches([torch.zeros(2, 0, 4, device=device)], 3)
     move_positions(no_lanes, torch.zeros(0, 4, **integers), torch.zeros(0, **integers))
@@ -197,7 +202,7 @@ def test_replay_of_a_captured_move() -> None:
     copies = random_copies(6, 1024, WORDS[16])
     placed = [tensor.cuda() for tensor in copies]
     caches = LaneCaches(placed, 1024)
-    moves = torch.zeros(6, 4, dtype=torch.int64, device="cuda")
+    moves = torch.zeros(6, 5, dtype=torch.int64, device="cuda")
     offset = torch.zeros(6, dtype=torch.int64, device="cuda")
     move_positions(caches, moves, offset)
     graph = torch.cuda.CUDAGraph()

@@ -220,7 +220,7 @@ class EnumerableLanes:
         return self._model.logits[code]
 
     def move(self, moves: Tensor, offset: Tensor) -> None:
-        source_lane, source_copy, first, count = moves.unbind(1)
+        source_lane, source_copy, first, count, both_from = moves.unbind(1)
         self._prompt_length = offset + 1  # a lane that joins a chain gets its prompt in this way
         position = torch.arange(self.cache.shape[2])
         first = (offset + first)[:, None]
@@ -229,7 +229,9 @@ class EnumerableLanes:
         own = source_lane[lane] == lane
         moving = self.cache[source_copy[lane], source_lane[lane], column]
         for copy in (0, 1):
-            into = ~own | (source_copy[lane] != copy)
+            is_of_source = source_copy[lane] == copy
+            late = column >= (offset + both_from)[lane]
+            into = ~is_of_source | (~own & late)
             self.cache[copy, lane[into], column[into]] = moving[into]
 
 

@@ -343,8 +343,9 @@ def events(before: LaneState, after: LaneState) -> set[tuple]:
         [0, *before.lanes[before.lanes[:, SLOT] == i, AGREE].tolist()] for i in range(len(slots))
     ]
     for lane, (me, new) in enumerate(zip(before.lanes.tolist(), after.lanes.tolist(), strict=True)):
-        source, copy, _, count = moves[lane]
-        move = (count > 0, source == lane, copy)
+        source, copy, first, count, both_from = moves[lane]
+        split = (both_from > first) + (both_from >= first + count)
+        move = (count > 0, source == lane, copy, split)
         going = (me[PHASE], new[PHASE], me[PHASE] == new[PHASE] and me[ITEM] != new[ITEM])
         at_limit = me[CURSOR] == me[LIMIT] - 1
         # The newest state is no longer that which it began with, but nearer to another lane's.
@@ -367,9 +368,11 @@ class Cache:
     def tick(self, state: LaneState) -> None:
         """The moves as if at once, then what is fed."""
         before = self.tokens.clone()
-        for lane, (source, copy, first, count) in enumerate(state.moves.tolist()):
-            at = slice(int(state.offset[lane]) + first, int(state.offset[lane]) + first + count)
+        for lane, (source, copy, first, count, both_from) in enumerate(state.moves.tolist()):
+            offset = int(state.offset[lane])
             for target in (WORKING, CURRENT) if count else ():
+                start = both_from if target == copy else first
+                at = slice(offset + start, offset + first + count)
                 if (target, lane) != (copy, source):
                     self.tokens[target, lane, at] = before[copy, source, at]
         lanes = torch.arange(state.num_lanes)
@@ -419,13 +422,15 @@ def check_invariants(state: LaneState, cache: Cache, prompts: dict[int, tuple[in
 def check_moves(state: LaneState) -> None:
     """What is a source is no target, and all is between lanes of one slot."""
     sources, targets = set(), set()
-    for lane, (source, copy, first, count) in enumerate(state.moves.tolist()):
+    for lane, (source, copy, first, count, both_from) in enumerate(state.moves.tolist()):
         if not count:
             continue
+        assert both_from >= first
         assert int(state.lanes[lane, SLOT]) == int(state.lanes[source, SLOT]) >= 0
         assert 0 <= first < first + count <= state.tokens.shape[2]
         sources.add((copy, source))
-        targets |= {(WORKING, lane), (CURRENT, lane)} - {(copy, source)}
+        targets |= {(1 - copy, lane)} | ({(copy, lane)} if both_from < first + count else set())
+        targets -= {(copy, source)} if source == lane else set()
     assert not sources & targets
 
 
@@ -635,6 +640,24 @@ def test_more_lanes_take_fewer_ticks() -> None:
         for num_lanes in (1, 4)
     )
     assert four < 0.7 * one
+
+
+def test_what_an_acceptance_leaves_as_it_is_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = EnumerableModel(3, MAX_TOKENS, scale=1.0, eos_logit=-3.0)
+    case = make_case(
+        max_new_tokens=MAX_TOKENS, block_size=6, num_mcmc_steps=8, join=1.0, num_lanes=6
+    )
+
+    def draw() -> list[Finished]:
+        return [
+            draw_chain(case._replace(chains=(chain,)), model, reference_of) for chain in range(10)
+        ]
+
+    kept = draw()
+    monkeypatch.setattr(reference._Transition, "_is_the_same_from", lambda *arguments: False)
+    dropped = draw()
+    assert all(torch.equal(a.trace, b.trace) for a, b in zip(kept, dropped, strict=True))
+    assert sum(chain.num_ticks for chain in kept) < 0.9 * sum(chain.num_ticks for chain in dropped)
 
 
 @pytest.mark.gpu

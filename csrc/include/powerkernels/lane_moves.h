@@ -11,10 +11,12 @@ struct LaneCache {
   int64_t row_bytes;
 };
 
-// What a lane gets: its other copy from one of its own, or both from another lane's.
+// What a lane gets: its other copy from one of its own, or from another lane's; that copy of its
+// own too then, but only from a position on. Positions are counted from the lane's offset.
 struct LaneMove {
   int64_t source_lane, source_copy;
-  int64_t first, count;  // positions, counted from the lane's offset; count <= 0: none
+  int64_t first, count;  // count <= 0: nothing
+  int64_t both_from;     // >= first
 };
 
 // Nothing that one move reads may another one write.
