@@ -31,7 +31,7 @@ demo: $(INSTALLED) ## samples of a real model, side by side, and the picture dem
 	$(BIN)/python examples/demo.py --output demo.png
 
 test: $(INSTALLED) ## the tests
-	$(BIN)/python -m pytest python_tests -q $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest python_tests -q -n auto --dist loadgroup $(PYTEST_ARGS)
 
 test-gpu: $(INSTALLED) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest python_tests -q -m gpu $(PYTEST_ARGS)

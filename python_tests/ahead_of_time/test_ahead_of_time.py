@@ -20,9 +20,12 @@ import pytest
 from python_tests.ahead_of_time import machine_code, specimens, toy_specimens
 from python_tests.ahead_of_time.machine_code import Counts, MachineCode, find_loops, parse_sass
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+    ),
+    pytest.mark.xdist_group("ahead_of_time"),  # all kernels are compiled once
+]
 
 ROOT = Path(__file__).parents[2]
 

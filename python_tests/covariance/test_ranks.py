@@ -23,6 +23,8 @@ from python_tests.covariance import expected
 from python_tests.covariance.expected import Batch, bounds_of, random_batch
 from python_tests.logprob.test_vocab_parallel import run
 
+pytestmark = pytest.mark.xdist_group("covariance_ranks")  # the ranks run once
+
 RANKS = 4
 ROWS, LENGTH = 12, 17
 # Rows of each rank. Those of 2 and more are uneven, and some have nothing.

@@ -18,6 +18,8 @@ import torch
 from powerkernels.integrations import smollm2
 from powerkernels.integrations.transformers import load_causal_lm
 
+pytestmark = pytest.mark.xdist_group("smollm2")  # the real model is converted once
+
 
 def write_fake_model(gguf: Path, folder: Path) -> None:
     for name in smollm2._FILES:
