@@ -5,7 +5,8 @@
 
 PATH is the folder of aakaran/reasoning-with-sampling that holds power_samp_utils.py; it runs as it
 is, batch 1, on the first prompts. Every run is a process of its own, so that each has its own peak
-of memory. 16 chat prompts, 160 tokens, 4 blocks, 6 transitions per block, bfloat16.
+of memory. 16 chat prompts, 160 tokens, 4 blocks, 6 transitions per block, bfloat16. Last, one
+prompt alone: on a single lane, and on lanes that make its next transitions ahead (latency mode).
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ SWITCHES = {
     "shared-prefix skip": (False, True),
     "neither": (False, False),
 }
+# One chain on so many lanes; more than one prefetch.
+LATENCY = {"one prompt, 1 lane": 1, "one prompt, 4 lanes": 4, "one prompt, 8 lanes": 8}
+LATENCY_PROMPTS = (4, 9, 12)  # one after the other
 
 
 def main() -> None:
@@ -60,13 +64,17 @@ def main() -> None:
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        run_peer = options.only == "peer"
-        result = peer(options) if run_peer else ours(*SWITCHES[options.only])
+        if options.only == "peer":
+            result = peer(options)
+        elif options.only in LATENCY:
+            result = one_by_one(LATENCY[options.only])
+        else:
+            result = ours(*SWITCHES[options.only])
         result["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps(result))
         return
     results = {}
-    for name in [*SWITCHES, *(["peer"] if options.peer else [])]:
+    for name in [*SWITCHES, *LATENCY, *(["peer"] if options.peer else [])]:
         command = [sys.executable, __file__, "--only", name]
         if options.peer:
             command += ["--peer", str(options.peer), "--peer-prompts", str(options.peer_prompts)]
@@ -114,6 +122,45 @@ def ours(early_rejection: bool, shared_prefix_skip: bool) -> dict:
         "lane_occupancy": stats.lane_occupancy,
         "stopped_at_eos": sum(sample.finish_reason == "stop" for sample in samples),
         "mean_log_likelihood": sum(s.log_likelihood for s in samples) / len(samples),
+    }
+
+
+def one_by_one(num_lanes: int) -> dict:
+    """Each prompt in a call of its own, on a sampler that has been used before."""
+    import torch
+
+    from powerkernels import PowerSampler, PowerSamplingConfig
+    from powerkernels.integrations.smollm2 import load_smollm2
+
+    model, tokenizer = load_smollm2(dtype=torch.bfloat16)
+    config = PowerSamplingConfig(
+        alpha=ALPHA,
+        max_new_tokens=MAX_NEW_TOKENS,
+        block_size=MAX_NEW_TOKENS // NUM_BLOCKS,
+        num_mcmc_steps=NUM_MCMC_STEPS,
+        num_lanes=num_lanes,
+    )
+    sampler = PowerSampler(model, tokenizer, config=config)
+    seconds, steps, used, decoded, kept = [], 0, 0, 0, 0
+    for timed, texts in ((False, PROMPTS[:1]), (True, [PROMPTS[i] for i in LATENCY_PROMPTS])):
+        for text in texts:
+            started = time.perf_counter()
+            sampler.sample([[{"role": "user", "content": text}]], progress=False)
+            if timed:
+                seconds.append(time.perf_counter() - started)
+                steps += sampler.stats.model_steps
+                used += sampler.stats.used_tokens
+                decoded += sampler.stats.decoded_tokens
+                kept += sampler.stats.kept_tokens
+    return {
+        "seconds": sum(seconds),
+        "prompts": len(seconds),
+        "seconds_per_prompt": sum(seconds) / len(seconds),
+        "model_steps": steps,
+        "used_tokens": used,
+        "decoded_tokens": decoded,
+        "kept_tokens": kept,
+        "used_tokens_per_second": used / sum(seconds),
     }
 
 
