@@ -53,7 +53,7 @@ SWITCHES = {
 }
 # One chain on so many lanes; more than one prefetch.
 LATENCY = {"one prompt, 1 lane": 1, "one prompt, 4 lanes": 4, "one prompt, 8 lanes": 8}
-LATENCY_PROMPTS = (4, 9, 12)  # one after the other
+LATENCY_PROMPTS = (4, 9)  # one after the other
 
 
 def main() -> None:
@@ -61,6 +61,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--peer", type=Path, help="folder with the public power_samp_utils.py")
     parser.add_argument("--peer-prompts", type=int, default=3, help="prompts the peer runs")
+    parser.add_argument(
+        "--runs", nargs="+", choices=[*SWITCHES, *LATENCY], help="some of our runs (default: all)"
+    )
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
@@ -74,7 +77,7 @@ def main() -> None:
         print(json.dumps(result))
         return
     results = {}
-    for name in [*SWITCHES, *LATENCY, *(["peer"] if options.peer else [])]:
+    for name in [*(options.runs or (*SWITCHES, *LATENCY)), *(["peer"] if options.peer else [])]:
         command = [sys.executable, __file__, "--only", name]
         if options.peer:
             command += ["--peer", str(options.peer), "--peer-prompts", str(options.peer_prompts)]
@@ -142,7 +145,7 @@ def one_by_one(num_lanes: int) -> dict:
     )
     sampler = PowerSampler(model, tokenizer, config=config)
     seconds, steps, used, decoded, kept = [], 0, 0, 0, 0
-    for timed, texts in ((False, PROMPTS[:1]), (True, [PROMPTS[i] for i in LATENCY_PROMPTS])):
+    for timed, texts in ((False, PROMPTS[1:2]), (True, [PROMPTS[i] for i in LATENCY_PROMPTS])):
         for text in texts:
             started = time.perf_counter()
             sampler.sample([[{"role": "user", "content": text}]], progress=False)
