@@ -24,6 +24,10 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from powerkernels import PowerSampler
 
 PROMPTS = [
     "What is the capital of France, and what is it known for?",
@@ -90,7 +94,7 @@ def main() -> None:
         options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def ours(early_rejection: bool, shared_prefix_skip: bool) -> dict:
+def smollm2_sampler(num_lanes: int, **switches: bool) -> PowerSampler:
     import torch
 
     from powerkernels import PowerSampler, PowerSamplingConfig
@@ -102,11 +106,16 @@ def ours(early_rejection: bool, shared_prefix_skip: bool) -> dict:
         max_new_tokens=MAX_NEW_TOKENS,
         block_size=MAX_NEW_TOKENS // NUM_BLOCKS,
         num_mcmc_steps=NUM_MCMC_STEPS,
-        num_lanes=NUM_LANES,
-        early_rejection=early_rejection,
-        shared_prefix_skip=shared_prefix_skip,
+        num_lanes=num_lanes,
+        **switches,
     )
-    sampler = PowerSampler(model, tokenizer, config=config)
+    return PowerSampler(model, tokenizer, config=config)
+
+
+def ours(early_rejection: bool, shared_prefix_skip: bool) -> dict:
+    sampler = smollm2_sampler(
+        NUM_LANES, early_rejection=early_rejection, shared_prefix_skip=shared_prefix_skip
+    )
     prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
     started = time.perf_counter()
     samples = sampler.sample(prompts, progress=False)
@@ -130,20 +139,7 @@ def ours(early_rejection: bool, shared_prefix_skip: bool) -> dict:
 
 def one_by_one(num_lanes: int) -> dict:
     """Each prompt in a call of its own, on a sampler that has been used before."""
-    import torch
-
-    from powerkernels import PowerSampler, PowerSamplingConfig
-    from powerkernels.integrations.smollm2 import load_smollm2
-
-    model, tokenizer = load_smollm2(dtype=torch.bfloat16)
-    config = PowerSamplingConfig(
-        alpha=ALPHA,
-        max_new_tokens=MAX_NEW_TOKENS,
-        block_size=MAX_NEW_TOKENS // NUM_BLOCKS,
-        num_mcmc_steps=NUM_MCMC_STEPS,
-        num_lanes=num_lanes,
-    )
-    sampler = PowerSampler(model, tokenizer, config=config)
+    sampler = smollm2_sampler(num_lanes)
     seconds, steps, used, decoded, kept = [], 0, 0, 0, 0
     for timed, texts in ((False, PROMPTS[1:2]), (True, [PROMPTS[i] for i in LATENCY_PROMPTS])):
         for text in texts:
