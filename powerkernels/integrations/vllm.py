@@ -102,11 +102,14 @@ class Draw(NamedTuple):
 class Record(NamedTuple):
     """One token as it was drawn."""
 
-    position: int  # in the completion
     token: int  # -1: the logits were no distribution
     log_prob: float
     log_z: float
     entropy: float
+
+
+# A request's key and a position in the completion: what a record belongs to.
+Place = tuple[int, int]
 
 
 class _Row(NamedTuple):
@@ -118,14 +121,15 @@ class PowerLogitsProcessor(LogitsProcessor):
     """Draws the tokens of the sampler's requests, and leaves all other rows alone.
 
     What it has drawn is kept until `take`. A row is drawn from whenever vLLM computes logits for
-    it: in a chunk of a prefill that is not its last too, and again after a preemption, each time
-    for the position that the length of the output says, with that position's uniforms.
+    it: in a chunk of a prefill that is not its last too, and again after a preemption. The length
+    of the output says for which position; the uniforms are that position's, and the last record of
+    a position, the one whose token vLLM keeps, takes the place of those before.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._device = device
         self._rows: dict[int, _Row] = {}  # by their index in the batch
-        self._drawn: list[tuple[list[tuple[int, int]], Tensor]] = []
+        self._drawn: list[tuple[list[Place], Tensor]] = []
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -199,13 +203,13 @@ class PowerLogitsProcessor(LogitsProcessor):
         keys = [row.draw.key for row in rows]
         self._drawn.append((list(zip(keys, positions, strict=True)), values))
 
-    def take(self) -> dict[int, Record]:
-        """The last record of each request drawn for since the last call, by the request's key."""
+    def take(self) -> dict[Place, Record]:
+        """What was drawn since the last call."""
         records = {}
-        for keys, values in self._drawn:
-            for (key, position), row in zip(keys, values.tolist(), strict=True):
+        for places, values in self._drawn:
+            for place, row in zip(places, values.tolist(), strict=True):
                 token, log_prob, log_z, entropy = row
-                records[key] = Record(position, int(token), log_prob, log_z, entropy)
+                records[place] = Record(int(token), log_prob, log_z, entropy)
         self._drawn.clear()
         return records
 
@@ -221,7 +225,7 @@ def _processor_of(worker: Any) -> PowerLogitsProcessor:
     return found
 
 
-def _take_in(worker: Any) -> dict[int, Record]:
+def _take_in(worker: Any) -> dict[Place, Record]:
     return _processor_of(worker).take()
 
 
@@ -344,7 +348,7 @@ class VLLMPowerSampler(PowerSampler):
             raise TypeError(f"llm must be a vllm.LLM, got {type(model).__name__}")
         _check_llm(model)
 
-    def _find_records(self) -> Callable[[], dict[int, Record]]:
+    def _find_records(self) -> Callable[[], dict[Place, Record]]:
         """What takes the processor's records, across to the worker processes if there are any."""
         rpc = self.model.collective_rpc
         if self.model.llm_engine.vllm_config.parallel_config.world_size == 1:
@@ -472,7 +476,7 @@ class _Run:
             key, chain = self._in_flight[output.request_id]
             tokens = output.outputs[0].token_ids
             stats.busy_lanes += len(tokens)
-            done = chain.append(_checked(records.get(key), chain, tokens))
+            done = chain.append(_checked(records.get((key, chain.length)), tokens, chain.length))
             if done != output.finished:
                 if not done:
                     raise RuntimeError(
@@ -541,15 +545,15 @@ class _Run:
         stats.fraction_done = (stats.finished_chains + share) / stats.num_chains
 
 
-def _checked(record: Record | None, chain: _ChainRun, tokens: Sequence[int]) -> Record:
+def _checked(record: Record | None, tokens: Sequence[int], position: int) -> Record:
     """The record of a request's new token, if it is the one that vLLM returned."""
     if record is not None and record.token < 0:
         raise FloatingPointError(
             "the model's logits must be finite or -inf: a row holds NaN, +inf or nothing but -inf"
         )
-    if record is None or (record.position, [record.token]) != (chain.length, list(tokens)):
+    if record is None or [record.token] != list(tokens):
         raise RuntimeError(
-            f"vLLM returned the tokens {list(tokens)} at position {chain.length} of a completion, "
+            f"vLLM returned the tokens {list(tokens)} at position {position} of a completion, "
             f"where the sampler drew {record}; is the llm stepped by somebody else, or is there a "
             "logits processor behind the sampler's?"
         )
@@ -661,13 +665,14 @@ class _ChainRun:
         """Add a token to what is being written; whether the item is through, and decided if so."""
         scored = mh.ScoredToken(record.token, record.log_prob, record.log_z)
         self._decoded += 1
-        complete = record.token in self.eos or record.position + 1 == self.limit
+        position = self.length
+        complete = record.token in self.eos or position + 1 == self.limit
         if self._proposal is None:
             self._state = mh.extend(self._state, [scored], **self._powers)
             self._entropy.append(record.entropy)
             return complete
-        if record.position == self._proposal.divergence:
-            self.noise.visit(record.log_z - self._log_z_of_state(record.position))
+        if position == self._proposal.divergence:
+            self.noise.visit(record.log_z - self._log_z_of_state(position))
         self._proposal = mh.grow(self._proposal, scored, **self._powers)
         self._proposed_entropy.append(record.entropy)
         stopped = self._config.can_reject_early and self._proposal.is_rejected
