@@ -94,13 +94,13 @@ def main() -> None:
         options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def smollm2_sampler(num_lanes: int, **switches: bool) -> PowerSampler:
+def smollm2_sampler(num_lanes: int, dtype: str = "bfloat16", **switches: bool) -> PowerSampler:
     import torch
 
     from powerkernels import PowerSampler, PowerSamplingConfig
     from powerkernels.integrations.smollm2 import load_smollm2
 
-    model, tokenizer = load_smollm2(dtype=torch.bfloat16)
+    model, tokenizer = load_smollm2(dtype=getattr(torch, dtype))
     config = PowerSamplingConfig(
         alpha=ALPHA,
         max_new_tokens=MAX_NEW_TOKENS,
