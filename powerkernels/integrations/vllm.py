@@ -7,7 +7,8 @@
 
 Every extension and every proposal of a chain is a request of its own, whose prompt is what it
 keeps; vLLM's prefix cache has most of that. Requests wait for one another nowhere: the next one of
-a chain goes in as soon as its last one is decided, so that continuous batching has its rows full.
+a chain goes in as soon as its last one is decided, and rows to spare make transitions ahead, so
+that continuous batching has its rows full.
 
 A logits processor in vLLM draws each token itself, with `sample_tokens`, from the logits before any
 temperature, and leaves vLLM nothing but that token. So token, log_prob, log_z and entropy are of
@@ -47,6 +48,7 @@ from powerkernels.power_sampling import metropolis_hastings as mh
 from powerkernels.power_sampling.engine import Chain, FinishedChain, LogZNoise
 from powerkernels.power_sampling.lane_state import TRACE_FIELDS
 from powerkernels.power_sampling.progress import ProgressLine
+from powerkernels.power_sampling.sampler import DEFAULT_MIN_LANES
 
 INSTALL_VLLM = "pip install 'vllm>=0.32'"
 OLDEST_VLLM = (0, 32)
@@ -290,14 +292,14 @@ def check_version(version: str) -> None:
 
 @dataclass
 class VLLMStats(SamplerStats):
-    """Counts of a run on vLLM; a lane is a chain that may be in flight.
+    """Counts of a run on vLLM; `num_lanes` is the most requests at once.
 
-    `decoded_tokens` has no tokens made ahead; `prefill_seconds` is 0, since vLLM prefills in the
-    steps that it decodes in.
+    `prefill_seconds` is 0, since vLLM prefills in the steps that it decodes in.
     """
 
     requests: int = 0  # extensions and proposals that went to vLLM
     aborted_requests: int = 0  # of them, proposals that were rejected early
+    dropped_requests: int = 0  # of them, proposals made ahead of one that was accepted
     prompt_tokens: int = 0  # of the requests
     cached_tokens: int = 0  # of these, in the prefix cache
     log_z_noise: LogZNoise = field(default=LogZNoise(0, math.nan, math.nan))  # of finished chains
@@ -310,8 +312,10 @@ class VLLMPowerSampler(PowerSampler):
         llm: an `LLM` of `load_llm`, or one with the same settings. While a call runs, between the
             samples of `iter_samples` too, it is the sampler's: nobody else steps it.
         tokenizer: needed for prompts that are text or chat messages; None is the `LLM`'s own.
-        config: the settings, as for `PowerSampler`. `num_lanes` is the number of chains in flight,
-            by default the `LLM`'s max_num_seqs; `prefetch` has no effect.
+        config: the settings, as for `PowerSampler`. `num_lanes` is the most requests at once: by
+            default the number of chains, at least 8 with `prefetch` and at most the `LLM`'s
+            max_num_seqs. With `prefetch`, those that chains do not need make their next transitions
+            ahead.
         on_output: called with what the `LLM` returns meanwhile for requests of others; without it
             an `LLM` that has such requests is refused.
 
@@ -435,13 +439,14 @@ class _Run:
         self._engine = sampler.model.llm_engine
         self._stats, self._take, self._on_output = sampler.stats, sampler._take, sampler.on_output
         config = sampler.config
+        self._prefetch = config.prefetch
         self._law = Law(seed, config.proposal_power, config.top_k, config.top_p, config.min_p)
         self._waiting = deque(chains)
         self._start = functools.partial(_ChainRun, config=config, eos=sampler._eos(), seed=seed)
-        self._in_flight: dict[str, tuple[int, _ChainRun]] = {}  # by the id of its request
-        max_num_seqs = self._engine.vllm_config.scheduler_config.max_num_seqs
+        self._chains: list[_ChainRun] = []  # those that have begun and are not finished
+        self._in_flight: dict[str, tuple[_ChainRun, _Item]] = {}  # by the id of the request
         self._stats.num_chains = len(chains)
-        self._stats.num_lanes = config.num_lanes or min(max_num_seqs, len(chains))
+        self._stats.num_lanes = config.num_lanes or self._default_rows(len(chains))
         self._started = time.perf_counter()
         self._noise = _Noise()
         self._take()  # what an interrupted run may have left
@@ -452,46 +457,72 @@ class _Run:
                 "pass on_output, or finish them first"
             )
 
+    def _default_rows(self, num_chains: int) -> int:
+        at_least = DEFAULT_MIN_LANES if self._prefetch else 1
+        most: int = self._engine.vllm_config.scheduler_config.max_num_seqs
+        return min(max(num_chains, at_least), most)
+
     def admit(self) -> bool:
-        """Start chains as long as there is room; whether any is in flight."""
-        while self._waiting and len(self._in_flight) < self._stats.num_lanes:
-            self._submit(self._start(self._waiting.popleft()))
+        """Give vLLM as many requests as there is room for; whether any is in flight."""
+        rows = self._stats.num_lanes
+        while self._waiting and len(self._chains) < rows:
+            chain = self._start(self._waiting.popleft())
+            self._submit(chain)
+            self._chains.append(chain)
+        # With rows to spare, the next transitions of those that have the fewest under way.
+        sparing = list(self._chains) if self._prefetch and not self._waiting else []
+        while sparing and len(self._in_flight) < rows:
+            chain = min(sparing, key=lambda chain: len(chain.pending))
+            if not self._submit(chain):
+                sparing.remove(chain)
         return bool(self._in_flight)
 
     def step(self) -> list[FinishedChain]:
         """One step of vLLM, and what follows from its tokens; the chains that it finished."""
         before = time.perf_counter()
+        if not self._engine.has_unfinished_requests():
+            raise RuntimeError(
+                "vLLM has lost the sampler's requests; is the llm stepped elsewhere?"
+            )
         outputs = self._engine.step()
         records = self._take()
         stats = self._stats
         stats.model_seconds += time.perf_counter() - before
         stats.model_steps += 1
         stats.busy_lanes = 0
-        finished, aborted = [], []
+        rejected: list[str] = []
+        dropped: list[str] = []
         for output in outputs:
-            if output.request_id not in self._in_flight:
-                if self._on_output is not None:
-                    self._on_output(output)
-                continue
-            key, chain = self._in_flight[output.request_id]
-            tokens = output.outputs[0].token_ids
-            stats.busy_lanes += len(tokens)
-            done = chain.append(_checked(records.get((key, chain.length)), tokens, chain.length))
-            if done != output.finished:
-                if not done:
+            if output.request_id in self._in_flight:
+                stats.busy_lanes += 1
+                chain, item = self._in_flight[output.request_id]
+                if not item.drawn:
+                    stats.cached_tokens += output.num_cached_tokens or 0
+                place = item.key, item.length
+                item.append(_checked(records.get(place), output.outputs[0].token_ids, item.length))
+                if item.is_through:
+                    del self._in_flight[output.request_id]
+                    if not output.finished:
+                        rejected.append(output.request_id)
+                    dropped += [self._drop(other) for other in chain.resolve() if other.is_sent]
+                elif output.finished:
                     raise RuntimeError(
                         "vLLM ended a request before its last token: "
                         f"{output.outputs[0].finish_reason}"
                     )
-                aborted.append(output.request_id)
-            if done:
-                del self._in_flight[output.request_id]
-                stats.cached_tokens += output.num_cached_tokens or 0
-                if not self._submit(chain):
-                    finished.append(self._count(chain))
-        self._engine.abort_request(aborted)
-        stats.aborted_requests += len(aborted)
+            elif output.request_id in dropped:
+                stats.busy_lanes += 1
+            elif self._on_output is not None:
+                self._on_output(output)
+        self._engine.abort_request(rejected + dropped)
+        stats.aborted_requests += len(rejected)
+        stats.dropped_requests += len(dropped)
         stats.decoded_tokens += stats.busy_lanes
+        finished = []
+        for chain in list(self._chains):
+            if not chain.pending and not self._submit(chain):
+                self._chains.remove(chain)
+                finished.append(self._count(chain))
         stats.seconds = time.perf_counter() - self._started
         self._estimate()
         return finished
@@ -502,33 +533,35 @@ class _Run:
         self._in_flight.clear()
         self._take()
 
+    def _drop(self, item: _Item) -> str:
+        self._in_flight.pop(item.request_id, None)
+        return item.request_id
+
     def _submit(self, chain: _ChainRun) -> bool:
-        """Send off the chain's next item that needs the model; False at its end."""
-        if not chain.advance():
+        """Send off the chain's next item that needs the model; False if there is none yet."""
+        item = chain.begin()
+        if item is None:
             return False
-        key = next(_request_keys)
-        draw = Draw(
-            key, chain.first, chain.transition, chain.number, chain.banned, self._law
-        )._asdict()
+        law = self._law
+        draw = Draw(item.key, item.first, item.transition, chain.number, item.banned, law)
         params = SamplingParams(
             temperature=0.0,
-            max_tokens=chain.limit - chain.first,
+            max_tokens=item.limit - item.first,
             stop_token_ids=list(chain.eos),
             ignore_eos=True,  # the model's own EOS tokens end nothing unless they are among ours
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-            extra_args={EXTRA_ARG: draw | {"law": tuple(self._law)}},
+            extra_args={EXTRA_ARG: draw._asdict() | {"law": tuple(law)}},
         )
-        request_id = f"{EXTRA_ARG}-{key}"
-        prompt = chain.request_prompt()
-        self._engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
-        self._in_flight[request_id] = key, chain
+        prompt = [*chain.prompt, *item.written.tokens]
+        self._engine.add_request(item.request_id, {"prompt_token_ids": prompt}, params)
+        self._in_flight[item.request_id] = chain, item
         self._stats.requests += 1
         self._stats.prompt_tokens += len(prompt)
         return True
 
     def _count(self, chain: _ChainRun) -> FinishedChain:
-        finished, stats = chain.finish(), self._stats
+        finished, stats = chain.result(), self._stats
         stats.finished_chains += 1
         stats.kept_tokens += finished.tokens.numel()
         stats.used_tokens += finished.decoded_tokens
@@ -540,7 +573,7 @@ class _Run:
 
     def _estimate(self) -> None:
         # A proposal of the k-th block counts k times as long as one of the first.
-        share = sum(chain.fraction_done**2 for _, chain in self._in_flight.values())
+        share = sum(chain.fraction_done**2 for chain in self._chains)
         stats = self._stats
         stats.fraction_done = (stats.finished_chains + share) / stats.num_chains
 
@@ -582,109 +615,142 @@ class _Noise:
         return LogZNoise(self.visits, self.sum / self.visits, self.max)
 
 
-class _ChainRun:
-    """A chain and the item it is at: an extension or a proposal, whose tokens come one by one."""
+class _Item:
+    """An extension or a proposal of a chain, whose tokens come one by one."""
 
     def __init__(
-        self, chain: Chain, *, config: PowerSamplingConfig, eos: tuple[int, ...], seed: int
+        self,
+        number: int,
+        block: int,
+        limit: int,
+        begun: mh.MHState | mh.Proposal,
+        *,
+        config: PowerSamplingConfig,
+        eos: tuple[int, ...],
     ) -> None:
-        self.number, self.eos = chain.number, eos
-        self._chain, self._config, self._seed = chain, config, seed
+        self.number, self.block, self.limit = number, block, limit
+        self.key = next(_request_keys)
+        self.request_id = f"{EXTRA_ARG}-{self.key}"
+        self._config, self._eos = config, eos
         self._powers: Mapping[str, float] = {
             "alpha": config.alpha,
             "proposal_power": config.proposal_power,
         }
-        self._items = [
-            (block, limit, number)
-            for block, limit in enumerate(config.block_limits)
-            for number in range(config.num_mcmc_steps + 1)
-        ]
-        self._next_item = 0
-        self._block = self.limit = 0
-        self._state = mh.MHState((), (), (), (0.0,), 0)
-        self._entropy: list[float] = []  # of the state's positions
-        self._proposal: mh.Proposal | None = None  # None in an extension
-        self._proposed_entropy: list[float] = []  # of the positions drawn for the proposal
-        self._decoded = 0
-        self._trace: list[tuple[float, ...]] = []
-        self.accepted = 0
-        self.noise = _Noise()
-
-    def advance(self) -> bool:
-        """Begin the next item that needs the model; False at the chain's end."""
-        while self._next_item < len(self._items):
-            self._block, self.limit, number = self._items[self._next_item]
-            self._next_item += 1
-            self._proposal = None
-            if number == 0:
-                if not self._has_ended:
-                    return True
-                continue
-            self._proposal = mh.begin(
-                self._state,
-                seed=self._seed,
-                chain=self.number,
-                shared_prefix_skip=self._config.shared_prefix_skip,
-            )
-            self._proposed_entropy = []
-            if not self._proposal.repeats:
-                return True
-            self._decide()
-        return False
+        self.proposal = begun if isinstance(begun, mh.Proposal) else None
+        self.written = begun.written if isinstance(begun, mh.Proposal) else begun
+        self.first = self.length  # position of its first token
+        self.entropy: list[float] = []  # of what was drawn
+        self.difference = math.nan  # of log_z in two visits of the prefix before `first`
+        # Nothing need be drawn for a proposal that is the current completion.
+        self.is_sent = self.proposal is None or not self.proposal.repeats
+        self.is_through = not self.is_sent
 
     @property
     def length(self) -> int:
         """Tokens of the completion that is being written."""
-        return len(self._written.tokens)
+        return len(self.written.tokens)
 
     @property
-    def first(self) -> int:
-        """The position of the item's first token."""
-        return len(self._state.tokens) if self._proposal is None else self._proposal.divergence
+    def drawn(self) -> int:
+        return len(self.entropy)
 
     @property
     def banned(self) -> int:
-        """The token excluded there, -1 for none."""
-        banned = None if self._proposal is None else self._proposal.banned
+        """The token excluded from the first draw, -1 for none."""
+        banned = None if self.proposal is None else self.proposal.banned
         return -1 if banned is None else banned
 
     @property
     def transition(self) -> int:
         """The number of the transition among the chain's, from 1; 0 for an extension."""
-        return 0 if self._proposal is None else self._proposal.written.transition
+        return 0 if self.proposal is None else self.proposal.written.transition
+
+    def append(self, record: Record) -> None:
+        """Add a token; note whether the item is through."""
+        scored = mh.ScoredToken(record.token, record.log_prob, record.log_z)
+        rejected = False
+        if self.proposal is None:
+            self.written = mh.extend(self.written, [scored], **self._powers)
+        else:
+            if not self.drawn:
+                self.difference = record.log_z - self._log_z_of_state(self.first)
+            self.proposal = mh.grow(self.proposal, scored, **self._powers)
+            self.written = self.proposal.written
+            rejected = self._config.can_reject_early and self.proposal.is_rejected
+        self.entropy.append(record.entropy)
+        self.is_through = rejected or record.token in self._eos or self.length == self.limit
+
+    def _log_z_of_state(self, position: int) -> float:
+        assert self.proposal is not None
+        state, s = self.proposal.state, self._config.proposal_power
+        return s * state.log_prob[position] - state.log_q[position]
+
+
+class _ChainRun:
+    """A chain and its items under way.
+
+    The first of them is what the chain is at. The others are made ahead: begun from the same state,
+    as the chain would if the earlier ones were rejected, and dropped when one is accepted. What a
+    transition draws depends on its number and its state, so the chain is the same without them.
+    """
+
+    def __init__(
+        self, chain: Chain, *, config: PowerSamplingConfig, eos: tuple[int, ...], seed: int
+    ) -> None:
+        self.number, self.prompt, self.eos = chain.number, chain.prompt, eos
+        self._place, self._config, self._seed = chain.place, config, seed
+        self._per_block = config.num_mcmc_steps + 1
+        self._num_items = len(config.block_limits) * self._per_block
+        self._next_item = 0
+        self.pending: deque[_Item] = deque()
+        self._state = mh.MHState((), (), (), (0.0,), 0)
+        self._entropy: list[float] = []  # of the state's positions
+        self._decoded = 0
+        self._trace: list[tuple[float, ...]] = []
+        self.accepted = 0
+        self.noise = _Noise()
 
     @property
     def fraction_done(self) -> float:
-        return self._next_item / len(self._items)
+        return self._next_item / self._num_items
 
-    def request_prompt(self) -> list[int]:
-        """The prompt and what the item keeps of the completion."""
-        return [*self._chain.prompt, *self._written.tokens]
+    def begin(self) -> _Item | None:
+        """The next item that needs the model, if it can be begun yet.
 
-    def append(self, record: Record) -> bool:
-        """Add a token to what is being written; whether the item is through, and decided if so."""
-        scored = mh.ScoredToken(record.token, record.log_prob, record.log_z)
-        self._decoded += 1
-        position = self.length
-        complete = record.token in self.eos or position + 1 == self.limit
-        if self._proposal is None:
-            self._state = mh.extend(self._state, [scored], **self._powers)
-            self._entropy.append(record.entropy)
-            return complete
-        if position == self._proposal.divergence:
-            self.noise.visit(record.log_z - self._log_z_of_state(position))
-        self._proposal = mh.grow(self._proposal, scored, **self._powers)
-        self._proposed_entropy.append(record.entropy)
-        stopped = self._config.can_reject_early and self._proposal.is_rejected
-        if complete or stopped:
-            self._decide()
-        return complete or stopped
+        With none, and none under way, the chain is finished.
+        """
+        while self._next_item < self._num_items:
+            block, number = divmod(self._next_item, self._per_block)
+            if number == 0 and self._has_ended:
+                self._next_item += 1
+                continue
+            # Nothing is known of the state behind an extension before it is there.
+            if self.pending and (number == 0 or self.pending[0].proposal is None):
+                return None
+            item = self._make_item(block, number)
+            self._next_item += 1
+            self.pending.append(item)
+            if item.is_sent:
+                return item
+            self.resolve()
+        return None
 
-    def finish(self) -> FinishedChain:
+    def resolve(self) -> list[_Item]:
+        """Decide the items that are through, in order; returns those that are dropped for it."""
+        while self.pending and self.pending[0].is_through:
+            item = self.pending.popleft()
+            if self._decide(item):
+                dropped = list(self.pending)
+                self.pending.clear()
+                self._next_item = item.number + 1
+                return dropped
+        return []
+
+    def result(self) -> FinishedChain:
         """The chain as it is, at its end."""
         state = self._state
         return FinishedChain(
-            place=self._chain.place,
+            place=self._place,
             tokens=torch.tensor(state.tokens, dtype=torch.int64),
             log_prob=torch.tensor(state.log_prob, dtype=torch.float32),
             log_q=torch.tensor(state.log_q, dtype=torch.float32),
@@ -696,27 +762,37 @@ class _ChainRun:
         )
 
     @property
-    def _written(self) -> mh.MHState:
-        return self._state if self._proposal is None else self._proposal.written
-
-    @property
     def _has_ended(self) -> bool:
         return bool(self._state.tokens) and self._state.tokens[-1] in self.eos
 
-    def _log_z_of_state(self, position: int) -> float:
-        s = self._config.proposal_power
-        return s * self._state.log_prob[position] - self._state.log_q[position]
+    def _make_item(self, block: int, number: int) -> _Item:
+        begun: mh.MHState | mh.Proposal = self._state
+        if number > 0:
+            made = block * self._config.num_mcmc_steps + number - 1
+            begun = mh.begin(
+                self._state._replace(transition=made),
+                seed=self._seed,
+                chain=self.number,
+                shared_prefix_skip=self._config.shared_prefix_skip,
+            )
+        limit = self._config.block_limits[block]
+        return _Item(self._next_item, block, limit, begun, config=self._config, eos=self.eos)
 
-    def _decide(self) -> None:
-        assert self._proposal is not None
-        divergence = self._proposal.divergence
-        self._state, info = mh.decide(self._proposal)
-        if info.accepted:
-            self._entropy[divergence:] = self._proposed_entropy
+    def _decide(self, item: _Item) -> bool:
+        """Make an item that is through part of the chain; whether the completion is another."""
+        self._decoded += item.drawn
+        if item.proposal is None:
+            self._state = item.written
+            self._entropy += item.entropy
+            return True
+        self.noise.visit(item.difference)
+        self._state, info = mh.decide(item.proposal)
+        if info.accepted and item.is_sent:
+            self._entropy[item.first :] = item.entropy
         self.accepted += info.accepted
         self._trace.append(
             (
-                self._block,
+                item.block,
                 info.cut,
                 len(self._state.tokens),
                 info.accepted,
@@ -725,3 +801,4 @@ class _ChainRun:
                 info.decoded_tokens,
             )
         )
+        return info.accepted and item.is_sent

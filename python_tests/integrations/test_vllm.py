@@ -104,7 +104,10 @@ def config(**changes: Any) -> PowerSamplingConfig:
         dict(top_p=0.8, min_p=0.01),
         dict(eos_token_id=()),
         dict(eos_token_id=(3, 4), num_lanes=2),
+        dict(num_lanes=12, early_rejection=False),
         dict(num_mcmc_steps=0),
+        dict(num_mcmc_steps=9, block_size=40, num_lanes=24),
+        dict(prefetch=False),
         dict(alpha=0.5, seed=2**64 - 1),
     ],
     ids=str,
@@ -136,6 +139,20 @@ def test_chains_are_those_of_the_lane_engine(
         assert sample.confidence == pytest.approx(expected.confidence, abs=TOLERANCE)
     assert sampler.stats.finished_chains == 8
     assert sampler.stats.used_tokens == sum(sample.decoded_tokens for sample in ours)
+    assert sampler.stats.decoded_tokens >= sampler.stats.used_tokens
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+def test_rows_to_spare_make_transitions_ahead(llm: Any) -> None:
+    ahead = VLLMPowerSampler(llm, config=config(num_mcmc_steps=8, num_lanes=8))
+    alone = VLLMPowerSampler(llm, config=config(num_mcmc_steps=8, prefetch=False))
+    (sample,), (expected,) = ahead.sample(PROMPTS[0]), alone.sample(PROMPTS[0])
+    assert sample.tokens == expected.tokens
+    assert sample.decoded_tokens == expected.decoded_tokens
+    assert ahead.stats.model_steps < alone.stats.model_steps
+    assert ahead.stats.dropped_requests > 0
+    assert alone.stats.dropped_requests == 0
+    assert ahead.stats.decoded_tokens > ahead.stats.used_tokens == alone.stats.decoded_tokens
     assert not llm.llm_engine.has_unfinished_requests()
 
 
@@ -151,13 +168,21 @@ def test_no_record_is_misaligned_in_a_crowded_engine(
     # record is compared with a forward over its whole prefix.
     preemptions = count_calls(crowded_llm, "_preempt_request", monkeypatch)
     records: list[tuple[list[int], Any]] = []
-    append = integration._ChainRun.append
+    prompt_of: dict[int, tuple[int, ...]] = {}
+    begin, append = integration._ChainRun.begin, integration._Item.append
 
-    def kept(chain: Any, record: Any) -> bool:
-        records.append((chain.request_prompt(), record))
-        return append(chain, record)
+    def begun(chain: Any) -> Any:
+        item = begin(chain)
+        if item is not None:
+            prompt_of[item.key] = chain.prompt
+        return item
 
-    monkeypatch.setattr(integration._ChainRun, "append", kept)
+    def kept(item: Any, record: Any) -> None:
+        records.append(([*prompt_of[item.key], *item.written.tokens], record))
+        append(item, record)
+
+    monkeypatch.setattr(integration._ChainRun, "begin", begun)
+    monkeypatch.setattr(integration._Item, "append", kept)
     others: dict[str, list[int]] = {}
 
     def on_output(output: Any) -> None:
@@ -183,7 +208,7 @@ def test_no_record_is_misaligned_in_a_crowded_engine(
     assert len(preemptions) > 0
     assert sampler.stats.cached_tokens > 0
     assert sampler.stats.requests > 100
-    assert len(records) == sampler.stats.decoded_tokens
+    assert len(records) >= sampler.stats.used_tokens
     s = settings.proposal_power
     for prefix, record in records:
         log_p = logits_of(model, prefix).log_softmax(-1)
@@ -209,7 +234,7 @@ def count_calls(llm: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[No
 
 
 PROMPT = [1]
-NUM_CHAINS = 4000
+NUM_CHAINS = 3000
 # Two blocks: extension, growth into the second limit and a chain that ended in the first.
 LAW = dict(alpha=2.0, max_new_tokens=4, block_size=2, num_mcmc_steps=4, seed=11)
 
@@ -260,21 +285,27 @@ def test_without_length_term_the_law_is_wrong(
     assert law_p_value(*enumerable) < 1e-8
 
 
-def test_noise_is_that_of_the_dtype(folder: Path, llm: Any) -> None:
-    exact = VLLMPowerSampler(llm, config=config())
-    samples = exact.sample(PROMPTS, num_samples=4)
+def test_noise_is_what_two_visits_differ_by(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Exact logits first, then logits that are another model's at every visit.
+    sampler = VLLMPowerSampler(llm, config=config())
+    samples = sampler.sample(PROMPTS, num_samples=4)
     noises = [sample.log_z_noise for sample in samples]
     proposals = sum(int((sample.trace.decoded > 0).sum()) for sample in samples)
-    assert exact.stats.log_z_noise.visits == sum(noise.visits for noise in noises) == proposals
-    assert exact.stats.log_z_noise.max == max(noise.max for noise in noises if noise.visits)
-    assert exact.stats.log_z_noise.max < TOLERANCE
+    found = sampler.stats.log_z_noise
+    assert found.visits == sum(noise.visits for noise in noises) == proposals
+    assert found.max == max(noise.max for noise in noises if noise.visits)
+    assert 0 <= found.mean <= found.max < TOLERANCE
 
-    rounded = VLLMPowerSampler(
-        small_llm(folder, dtype="bfloat16", max_num_seqs=16), config=config()
-    )
-    rounded.sample(PROMPTS, num_samples=4)
-    noise = rounded.stats.log_z_noise
-    assert TOLERANCE < noise.mean < noise.max < 1.0
+    size, generator = 0.05, torch.Generator().manual_seed(0)
+    apply = PowerLogitsProcessor.apply
+
+    def disturbed(self: PowerLogitsProcessor, logits: torch.Tensor) -> torch.Tensor:
+        return apply(self, logits.add_(size * torch.randn(logits.shape, generator=generator)))
+
+    monkeypatch.setattr(PowerLogitsProcessor, "apply", disturbed)
+    sampler.sample(PROMPTS, num_samples=4)
+    found = sampler.stats.log_z_noise
+    assert size / 20 < found.mean < found.max < 20 * size
 
 
 def test_text_prompts_use_the_tokenizer_given(llm: Any) -> None:
