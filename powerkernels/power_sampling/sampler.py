@@ -171,8 +171,7 @@ class PowerSampler:
         for i, prompt in enumerate(encoded):
             self._check_context(prompt, f"prompts[{i}]")
         chains = _number_chains(encoded, num_samples, first_sample)
-        at_least = DEFAULT_MIN_LANES if self.config.prefetch else 1
-        num_lanes = self.config.num_lanes or min(max(len(chains), at_least), DEFAULT_MAX_LANES)
+        num_lanes = num_lanes_for(self.config, len(chains))
         # The last token of a completion is never fed.
         max_length = max(map(len, encoded)) + self.config.max_new_tokens - 1
         self.stats = SamplerStats()
@@ -329,6 +328,12 @@ class PowerSampler:
         if ids is None:
             return ()
         return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def num_lanes_for(config: PowerSamplingConfig, num_chains: int) -> int:
+    """Rows of the static batch of a run of `num_chains` chains."""
+    at_least = DEFAULT_MIN_LANES if config.prefetch else 1
+    return config.num_lanes or min(max(num_chains, at_least), DEFAULT_MAX_LANES)
 
 
 def _as_list(prompts: Any) -> list[Any]:
