@@ -241,6 +241,12 @@ def _add_sample(commands: Any) -> None:
     )
     job.add_argument("--ray", action="store_true", help="workers are actors of Ray Data")
     job.add_argument(
+        "--engine",
+        choices=("lanes", "vllm"),
+        default="lanes",
+        help="what a worker samples with (default: lanes, PowerSampler's own)",
+    )
+    job.add_argument(
         "--workers",
         type=_positive,
         metavar="N",
@@ -303,6 +309,8 @@ def _sample(arguments: argparse.Namespace) -> int:
     for name in ("workers", "rows_per_part"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: is for a job (--ray, or under torchrun)")
+    if arguments.engine != "lanes":
+        raise ValueError("--engine: is for a job (--ray, or under torchrun)")
     # Everything that can be wrong is looked at before the model is loaded.
     prompts = _read_prompts(arguments)
     if arguments.output is not None:
@@ -443,7 +451,7 @@ def _sample_job(arguments: argparse.Namespace, rank: tuple[int, int] | None) -> 
 
     from powerkernels.compare import method_config
     from powerkernels.integrations.sharding import (
-        LaneSampler,
+        SamplerFactory,
         SamplingJob,
         plan_job,
         run_rank,
@@ -451,14 +459,18 @@ def _sample_job(arguments: argparse.Namespace, rank: tuple[int, int] | None) -> 
     )
 
     config = method_config(methods[0], _config(arguments))
-    prompts = scan_prompts(Path(arguments.file), arguments.input_format)
+    prompts = scan_prompts(Path(arguments.file).absolute(), arguments.input_format)
+    # Workers may have another working directory.
+    folder = Path(arguments.model).expanduser()
+    model = str(folder.absolute()) if folder.is_dir() else arguments.model
 
     def plan(num_workers: int) -> SamplingJob:
         return plan_job(
             prompts,
-            output,
-            model=arguments.model,
+            output.absolute(),
+            model=model,
             config=config,
+            engine=arguments.engine,
             dtype=arguments.dtype,
             method=methods[0],
             num_samples=arguments.num_samples,
@@ -467,14 +479,20 @@ def _sample_job(arguments: argparse.Namespace, rank: tuple[int, int] | None) -> 
             num_workers=num_workers,
         )
 
-    def sampler(job: SamplingJob, threads: int | None) -> LaneSampler:
-        model, dtype, device = arguments.model, arguments.dtype, arguments.device
-        return LaneSampler(model, job.config, dtype=dtype, device=device, threads=threads)
+    def factory(job: SamplingJob, threads: int | None) -> SamplerFactory:
+        return SamplerFactory(
+            model,
+            job.config,
+            engine=arguments.engine,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            threads=threads,
+        )
 
     progress = False if arguments.quiet else None
     if rank is not None:
         job = plan(rank[1])
-        make = sampler(job, arguments.threads)
+        make = factory(job, arguments.threads)
         shown = progress if rank[0] == 0 else False
         summary = run_rank(job, make, rank=rank[0], world_size=rank[1], progress=shown)
     else:
@@ -487,7 +505,7 @@ def _sample_job(arguments: argparse.Namespace, rank: tuple[int, int] | None) -> 
             job = plan(workers)
             summary = ray.run_on_ray(
                 job,
-                sampler(job, max(1, int(cpus))),
+                factory(job, max(1, int(cpus))),
                 num_workers=workers,
                 num_cpus=cpus,
                 num_gpus=gpus,

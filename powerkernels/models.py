@@ -54,6 +54,15 @@ def load_model(name: str, dtype_name: str, device: Any, *, quiet: bool = False) 
         return smollm2.load_smollm2(dtype, device=device)
 
 
+def model_path(name: str) -> str:
+    """What loaders of other packages take for a name: a folder or a hub name."""
+    if name != SMOLLM2:
+        return name
+    from powerkernels.integrations.smollm2 import smollm2_path
+
+    return str(smollm2_path())
+
+
 def model_fingerprint(name: str) -> str:
     """What tells a model from others, without loading it.
 
@@ -64,9 +73,7 @@ def model_fingerprint(name: str) -> str:
         ValueError: the folder is no model that can be loaded.
     """
     if name == SMOLLM2:
-        from powerkernels.integrations.smollm2 import smollm2_path
-
-        return smollm2_path().name  # converted now, and not by several workers at once
+        return Path(model_path(name)).name  # converted now, and not by several workers at once
     folder = Path(name).expanduser()
     if not folder.exists():
         return name

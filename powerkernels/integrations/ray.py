@@ -67,7 +67,7 @@ def sample_dataset(
 
     Args:
         dataset: rows with "prompt" (text) or "messages" (a list of {"role", "content"}).
-        make_sampler: makes an actor's sampler, such as `sharding.LaneSampler`; pickled.
+        make_sampler: makes an actor's sampler, such as `sharding.SamplerFactory`; pickled.
         index: column of integers >= 0 that tells rows with equal prompts from each other; it is
             what makes them draw different samples.
         num_samples: chains per prompt, >= 1.
@@ -155,7 +155,7 @@ def run_on_ray(
 
     Args:
         job: from `sharding.plan_job`.
-        make_sampler: makes an actor's sampler, such as `sharding.LaneSampler`; pickled.
+        make_sampler: makes an actor's sampler, such as `sharding.SamplerFactory`; pickled.
         num_workers: actors, each with a model.
         num_cpus, num_gpus: that Ray gives to each.
         progress: a progress line on standard error; None shows it on a terminal only.
@@ -272,7 +272,7 @@ def running(*, quiet: bool = False) -> Iterator[None]:
         yield
         return
     ray.init(include_dashboard=False, log_to_driver=not quiet, logging_level=logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR if quiet else logging.WARNING)
     try:
         yield
     finally:

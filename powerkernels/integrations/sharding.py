@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 INPUT_FORMATS = ("text", "jsonl", "parquet")
 OUTPUT_FORMATS = ("jsonl", "parquet")
+ENGINES = ("lanes", "vllm")
 INSTALL_PYARROW = "pip install 'powerkernels[ray]'"
 
 # A part is what a failure can cost. The last chains of one leave lanes without a chain, so it has
@@ -48,7 +49,7 @@ _NO_ERROR = b'"error": null}\n'  # the end of a line
 
 
 class Sampler(Protocol):
-    """What a worker samples with: `PowerSampler`, or another engine with these three."""
+    """What a worker samples with: a `PowerSampler`, or whatever has these three."""
 
     tokenizer: Any
 
@@ -67,20 +68,27 @@ class Sampler(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class LaneSampler:
-    """Makes a `PowerSampler` where it is called: a worker gets this and loads its own model.
+class SamplerFactory:
+    """Makes a sampler where it is called: a worker gets this and loads its own model.
 
     Args:
-        model, dtype, device: as the command line takes them.
+        model: a folder, a hub name, or smollm2.
         config: the settings.
+        engine: one of `ENGINES`: "lanes" is `PowerSampler`, "vllm" is `integrations.vllm`.
+        dtype: of the weights: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        device: for the lanes: "auto", "cpu", "cuda", "cuda:1", …
         threads: of torch on a CPU; None leaves them as they are.
     """
 
     model: str
     config: PowerSamplingConfig
+    engine: str = "lanes"
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_engine(self.engine)
 
     def __call__(self) -> PowerSampler:
         import torch
@@ -90,9 +98,23 @@ class LaneSampler:
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+        if self.engine == "vllm":
+            return self._on_vllm()
         device = find_device(self.device)
         model, tokenizer = load_model(self.model, self.dtype, device, quiet=True)
         return PowerSampler(model, tokenizer, config=self.config)
+
+    def _on_vllm(self) -> PowerSampler:
+        from powerkernels.integrations.vllm import VLLMPowerSampler, load_llm
+        from powerkernels.models import model_path
+
+        llm = load_llm(model_path(self.model), dtype=self.dtype)
+        return VLLMPowerSampler(llm, config=self.config)
+
+
+def _check_engine(engine: str) -> None:
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
 
 
 # ---- rows in
@@ -367,7 +389,7 @@ class SamplingJob:
         prompts: the rows.
         output: the file of all samples.
         output_format: one of `OUTPUT_FORMATS`.
-        config: the settings, `num_lanes` resolved, so that every part has the same lanes.
+        config: the settings; for the lanes, `num_lanes` is the same for all parts.
         num_samples: chains per prompt.
         chat: whether text goes into the chat template; None is "where there is one".
         rows_per_part: rows that a worker samples at a time.
@@ -414,27 +436,27 @@ class SamplingJob:
         return [part for part in range(self.num_parts) if self.part_path(part).name not in there]
 
     def check_output(self) -> bool:
-        """Whether the job has been begun before, with these settings.
+        """Whether the manifest is there, with these settings.
 
         Raises:
-            ValueError: the output is that of other settings, or of something else.
+            ValueError: there are samples of other settings, or of something else.
         """
         written = _read_manifest(self.manifest)
+        if written is None and self.output.exists():
+            raise ValueError(
+                f"output: {str(self.output)!r} exists, and no {str(self.manifest)!r} says "
+                "that it is this job's; choose another name, or delete it"
+            )
         if written is None:
-            if self.output.exists():
-                raise ValueError(
-                    f"output: {str(self.output)!r} exists, and no {str(self.manifest)!r} says "
-                    "that it is this job's; choose another name, or delete it"
-                )
             return False
         different = list(_differences(written["settings"], self.settings))
-        if different:
+        if different and (self.output.exists() or any(self.folder.glob("part-*"))):
             raise ValueError(
                 f"output: {str(self.output)!r} was begun with other settings: "
                 f"{'; '.join(different)}; choose another name, or delete it and "
                 f"{str(self.folder)!r}"
             )
-        return True
+        return not different
 
     def begin(self) -> None:
         """Write the manifest, or hold the settings against the one that is there.
@@ -448,7 +470,6 @@ class SamplingJob:
         manifest = {"settings": self.settings, "about": self.about}
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         write_atomically(self.manifest, lambda file: file.write(text.encode()))
-        self.check_output()  # a worker of another job may have come in between
 
     def finish(self) -> JobSummary | None:
         """Join the parts in order; None while parts are missing.
@@ -498,8 +519,10 @@ def plan_job(
         prompts: from `scan_prompts`.
         output: file of the samples, .jsonl or .parquet; what is done lies in a folder beside it.
         model: a folder, a hub name, or smollm2.
-        config: the settings.
-        dtype, method, engine: what else tells one output from another; noted in the manifest.
+        config: the settings. Without `num_lanes` the lanes are as many as if all prompts were
+            sampled in one call.
+        dtype, method: what else tells one output from another; noted in the manifest.
+        engine: one of `ENGINES`.
         num_samples, chat: as for `sample_rows`.
         rows_per_part: None is what the job was begun with, or a choice by `num_workers`.
         num_workers: workers that will share the parts.
@@ -518,14 +541,16 @@ def plan_job(
         )
     if output_format == "parquet":
         _pyarrow()
-    num_lanes = num_lanes_for(config, prompts.num_rows * num_samples)
-    config = dataclasses.replace(config, num_lanes=num_lanes)
+    _check_engine(engine)
+    chains_at_once = num_lanes_for(config, prompts.num_rows * num_samples)
+    if engine == "lanes":
+        config = dataclasses.replace(config, num_lanes=chains_at_once)
     folder = output.with_name(output.name + ".parts")
     written = _read_manifest(folder / "manifest.json")
     if rows_per_part is None:
         begun_with = (written or {"settings": {}})["settings"].get("rows_per_part")
-        chains_first = -(-num_lanes // num_samples)
-        rows_per_part = begun_with or _rows_per_part(prompts.num_rows, num_workers, chains_first)
+        rows_at_once = -(-chains_at_once // num_samples)
+        rows_per_part = begun_with or _rows_per_part(prompts.num_rows, num_workers, rows_at_once)
     settings = {
         "powerkernels": __version__,
         "engine": engine,
@@ -556,12 +581,20 @@ def _rows_per_part(num_rows: int, num_workers: int, rows_at_once: int) -> int:
 
 
 def run_part(job: SamplingJob, part: int, sampler: Sampler) -> None:
-    """Sample a part and write it, unless it is there already."""
+    """Sample a part and write it, unless it is there already.
+
+    Raises:
+        ValueError: the manifest is that of another job.
+    """
     path = job.part_path(part)
     if path.exists():
         return
     rows = job.prompts.rows(*job.part_rows(part))
     records = sample_rows(sampler, rows, num_samples=job.num_samples, chat=job.chat)
+    if not job.check_output():
+        raise ValueError(
+            f"output: {str(job.manifest)!r} is not this job's any more; another has begun there"
+        )
     write = _write_table if job.output_format == "parquet" else _write_lines
     write_atomically(path, lambda file: write(records, file))
 
