@@ -11,6 +11,7 @@ Needs ray[data] >= 2.60.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -188,11 +189,8 @@ def run_on_ray(
             for _ in dataset.iter_rows():
                 line.update()
         except ray.exceptions.RayTaskError as error:
-            # Ray's message is a traceback of the worker; what went wrong there is enough.
-            cause = error
-            while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
-                cause = cause.cause
-            raise cause from error
+            # Ray's message is the worker's traceback; what went wrong there is enough.
+            raise error.cause from error
         finally:
             line.close()
     summary = job.finish()
@@ -215,6 +213,7 @@ def _parts_dataset(
     )
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
+    dataset.context.raise_original_map_exception = True
     return dataset.map_batches(
         _SamplePart,
         fn_constructor_kwargs={"job": job, "make_sampler": make_sampler},
@@ -230,7 +229,12 @@ class _SamplePart:
 
     def __init__(self, job: SamplingJob, make_sampler: Callable[[], Sampler]) -> None:
         self._job = job
-        self._sampler = make_sampler()
+        self._make_sampler = make_sampler
+
+    @functools.cached_property
+    def _sampler(self) -> Sampler:
+        # Not when the actor starts: Ray hands on the errors of a task, but not those of a start.
+        return self._make_sampler()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         for part in batch["part"].tolist():
