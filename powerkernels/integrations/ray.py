@@ -21,11 +21,11 @@ from powerkernels.integrations.sharding import (
     Row,
     Sampler,
     SamplingJob,
+    read_prompt,
     record_schema,
     run_part,
     sample_rows,
 )
-from powerkernels.integrations.sharding import _read_prompt as read_prompt
 
 INSTALL_RAY = "pip install 'powerkernels[ray]'"
 
@@ -113,19 +113,18 @@ class _SampleBatch:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = [
-            Row(i, *read_prompt(record, number), number)
-            for i, (record, number) in enumerate(
-                zip(batch.to_pylist(), self._numbers(batch), strict=True)
-            )
+            Row(number, *read_prompt(record, number), number)
+            for record, number in zip(batch.to_pylist(), self._numbers(batch), strict=True)
         ]
-        records = sample_rows(self._sampler, rows, num_samples=self._num_samples, chat=self._chat)
+        of_rows = sample_rows(self._sampler, rows, num_samples=self._num_samples, chat=self._chat)
         given = ("prompt_index", "prompt", "messages")
         schema = pa.schema([field for field in record_schema() if field.name not in given])
         new = pa.Table.from_pylist(
-            [{name: record[name] for name in schema.names} for record in records], schema=schema
+            [{name: record[name] for name in schema.names} for row in of_rows for record in row],
+            schema=schema,
         )
         kept = batch.select([name for name in batch.column_names if name not in schema.names])
-        table = kept.take([record["prompt_index"] for record in records])
+        table = kept.take([i for i, row in enumerate(of_rows) for _ in row])
         for field in schema:
             table = table.append_column(field, new.column(field.name))
         return table

@@ -158,7 +158,7 @@ class PromptFile:
         """Rows first .. last - 1."""
         read = _table_rows if self.format == "parquet" else _line_rows
         numbered = enumerate(read(self, first, last), start=first)
-        return [Row(i, *_read_prompt(raw, i), self.repeats[i]) for i, raw in numbered]
+        return [Row(i, *read_prompt(raw, i), self.repeats[i]) for i, raw in numbered]
 
 
 class _Unreadable(NamedTuple):
@@ -184,7 +184,7 @@ def scan_prompts(path: Path, file_format: str | None = None) -> PromptFile:
     try:
         fingerprint = _file_hash(path)
         for index, (start, raw) in enumerate(_scan(path, file_format)):
-            prompt, error = _read_prompt(raw, index)
+            prompt, error = read_prompt(raw, index)
             key = hashlib.blake2b(json.dumps(prompt, sort_keys=True).encode(), digest_size=8)
             repeats.append(0 if error else seen[key.digest()])
             seen[key.digest()] += 1
@@ -269,8 +269,8 @@ def _parse_line(line: bytes, file_format: str) -> Any:
         return _Unreadable("not JSON that can be read: too deep")
 
 
-def _read_prompt(raw: Any, index: int) -> tuple[Any, str | None]:
-    """(prompt, None) or (None, error) of what a row holds."""
+def read_prompt(raw: Any, index: int) -> tuple[Any, str | None]:
+    """(prompt, None) or (None, error) of what row `index` holds."""
     where = f"row {index}"
     if isinstance(raw, _Unreadable):
         return None, f"{where}: {raw.reason}"
@@ -292,8 +292,8 @@ def _read_prompt(raw: Any, index: int) -> tuple[Any, str | None]:
 
 def sample_rows(
     sampler: Sampler, rows: Sequence[Row], *, num_samples: int = 1, chat: bool | None = None
-) -> list[dict[str, Any]]:
-    """The records of rows, in order: `num_samples` of a good one, one with "error" of a bad one.
+) -> list[list[dict[str, Any]]]:
+    """The records of each row: `num_samples` of a good one, one with "error" of a bad one.
 
     Args:
         sampler: what to sample with.
@@ -305,28 +305,30 @@ def sample_rows(
         ValueError: `chat` is True and there is no template.
     """
     as_chat("", sampler.tokenizer, chat)  # what is wrong with all rows is no row's error
-    encoded: list[tuple[Row, list[int]]] = []
-    found: dict[int, list[dict[str, Any]]] = {}
+    records: list[list[dict[str, Any]]] = []
+    good: list[tuple[Row, list[dict[str, Any]]]] = []
+    encoded = []
     for row in rows:
         ids, error = _encode(sampler, row, chat)
         if error is None:
-            encoded.append((row, ids))
-            found[row.number] = [{}] * num_samples
+            good.append((row, [{}] * num_samples))
+            encoded.append(ids)
+            records.append(good[-1][1])
         else:
             fields = dict.fromkeys(("sample_index", *SAMPLE_FIELDS))
-            found[row.number] = [_record(row, fields, error)]
-    if encoded:
+            records.append([_record(row, fields, error)])
+    if good:
         samples = sampler.iter_samples(
-            [ids for _, ids in encoded],
+            encoded,
             num_samples,
-            first_sample=[row.repeat * num_samples for row, _ in encoded],
+            first_sample=[row.repeat * num_samples for row, _ in good],
             progress=False,
         )
         for sample in samples:
-            row, _ = encoded[sample.prompt_index]
+            row, found = good[sample.prompt_index]
             fields = {"sample_index": sample.sample_index, **sample_fields(sample)}
-            found[row.number][sample.sample_index] = _record(row, fields, None)
-    return [record for row in rows for record in found[row.number]]
+            found[sample.sample_index] = _record(row, fields, None)
+    return records
 
 
 def _encode(sampler: Sampler, row: Row, chat: bool | None) -> tuple[list[int], str | None]:
@@ -590,7 +592,8 @@ def run_part(job: SamplingJob, part: int, sampler: Sampler) -> None:
     if path.exists():
         return
     rows = job.prompts.rows(*job.part_rows(part))
-    records = sample_rows(sampler, rows, num_samples=job.num_samples, chat=job.chat)
+    of_rows = sample_rows(sampler, rows, num_samples=job.num_samples, chat=job.chat)
+    records = [record for of_row in of_rows for record in of_row]
     if not job.check_output():
         raise ValueError(
             f"output: {str(job.manifest)!r} is not this job's any more; another has begun there"

@@ -212,6 +212,9 @@ def test_batches_change_nothing(model: str) -> None:
     parts = pa.concat_tables([actor(table.slice(i, 3)) for i in range(0, 10, 3)])
     assert parts.equals(whole)
     assert whole.column("id").to_pylist() == [i for i in range(10) for _ in range(2)]
+    too_long = actor(pa.table({"id": [7, 7], "prompt": ["one", "one " * 80]})).to_pylist()
+    assert [row["error"] is None for row in too_long] == [True, True, False]
+    assert too_long[2]["error"].startswith("row 7: prompt and max_new_tokens must fit")
     # Of rows with one prompt each draws samples of its own.
     ones = {json.dumps(r["log_prob"]) for r in whole.to_pylist() if r["prompt"] == "one"}
     assert len(ones) > 3
