@@ -13,6 +13,7 @@
 #include "powerkernels/lane_moves.h"
 #include "powerkernels/lane_transition.h"
 #include "powerkernels/ops.h"
+#include "powerkernels/packed_linear.h"
 #include "powerkernels/parallel.h"
 #include "powerkernels/simd_level.h"
 #include "powerkernels/token_ops.h"
@@ -439,6 +440,30 @@ PYBIND11_MODULE(_C, m) {
       py::arg("head_size"), py::arg("value_size"), py::arg("query_strides"), py::arg("key_strides"),
       py::arg("value_strides"), py::arg("scale"), py::arg("softcap"), py::arg("window"),
       py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "pack_linear",
+      [](uintptr_t weight, int64_t stride, int64_t columns, int64_t depth, uintptr_t packed,
+         int num_threads) {
+        pack_linear(pointer<const uint16_t>(weight), stride, columns, depth,
+                    pointer<uint16_t>(packed), num_threads);
+      },
+      py::arg("weight"), py::arg("stride"), py::arg("columns"), py::arg("depth"), py::arg("packed"),
+      py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "packed_linear",
+      [](uintptr_t input, uintptr_t packed, uintptr_t bias, uintptr_t output, int64_t rows,
+         int64_t columns, int64_t depth, int64_t input_stride, int num_threads) {
+        packed_linear({pointer<const uint16_t>(input), pointer<const uint16_t>(packed),
+                       pointer<const uint16_t>(bias), pointer<uint16_t>(output), rows, columns,
+                       depth, input_stride},
+                      num_threads);
+      },
+      py::arg("input"), py::arg("packed"), py::arg("bias"), py::arg("output"), py::arg("rows"),
+      py::arg("columns"), py::arg("depth"), py::arg("input_stride"), py::arg("num_threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.attr("PANEL_COLUMNS") = kPanelColumns;
 
 #if defined(POWERKERNELS_GRAPH_LOOP)
   m.def("why_no_graph_loop", &why_no_graph_loop,

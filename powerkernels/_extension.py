@@ -31,6 +31,8 @@ _REQUIRED = (
     "decode_attention",
     "LaneTransition",
     "move_positions",
+    "pack_linear",
+    "packed_linear",
     "cov_keys",
     "cov_moments",
     "cov_tokens",

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import math
 import os
 import shutil
 import sys
@@ -110,9 +109,9 @@ def _add_sample(commands: Any) -> None:
     )
     source.add_argument(
         "--input-format",
-        choices=("text", "jsonl"),
+        choices=("text", "jsonl", "parquet"),
         help="how a file or standard input is read: text, one prompt a line; "
-        'jsonl, objects with "prompt" or "messages" '
+        'jsonl, objects with "prompt" or "messages"; parquet, for a job, with such columns '
         "(default: by the file's name)",
     )
     source.add_argument(
@@ -227,8 +226,38 @@ def _add_sample(commands: Any) -> None:
     output.add_argument(
         "--json", action="store_true", help="JSON lines on standard output in place of the table"
     )
-    output.add_argument("--output", "-o", metavar="FILE", help="write JSON lines to a file besides")
+    output.add_argument(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="write JSON lines to a file besides; a job's .jsonl or .parquet file",
+    )
     output.add_argument("--quiet", "-q", action="store_true", help="no progress on the terminal")
+
+    job = parser.add_argument_group(
+        "jobs",
+        "From a file of prompts to a file of samples by many workers; started again, a job goes on "
+        "where it was. Under torchrun (RANK and WORLD_SIZE) each process is a worker.",
+    )
+    job.add_argument("--ray", action="store_true", help="workers are actors of Ray Data")
+    job.add_argument(
+        "--engine",
+        choices=("lanes", "vllm"),
+        default="lanes",
+        help="what a worker samples with (default: lanes, PowerSampler's own)",
+    )
+    job.add_argument(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="actors (default: one a GPU, or one a machine)",
+    )
+    job.add_argument(
+        "--rows-per-part",
+        type=_positive,
+        metavar="N",
+        help="prompts that a worker samples at a time (default: some parts a worker, 128 at most)",
+    )
 
 
 def _add_doctor(commands: Any) -> None:
@@ -274,20 +303,30 @@ def _token_ids(text: str) -> tuple[int, ...]:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
+    rank = _rank()
+    if arguments.ray or rank is not None:
+        return _sample_job(arguments, rank)
+    for name in ("workers", "rows_per_part"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: is for a job (--ray, or under torchrun)")
+    if arguments.engine != "lanes":
+        raise ValueError("--engine: is for a job (--ray, or under torchrun)")
     # Everything that can be wrong is looked at before the model is loaded.
     prompts = _read_prompts(arguments)
     if arguments.output is not None:
         _check_writable(Path(arguments.output))
     from powerkernels.compare import METHODS, compare_prompt, compare_runs, run_method
+    from powerkernels.models import find_device, load_model
+    from powerkernels.prompts import as_chat
 
     config = _config(arguments)
-    device = _device(arguments.device)
+    device = find_device(arguments.device)
     if arguments.threads is not None:
         import torch
 
         torch.set_num_threads(arguments.threads)
-    model, tokenizer = _load(arguments.model, arguments.dtype, device, arguments.quiet)
-    encoded = _apply_chat(prompts, tokenizer, arguments.chat)
+    model, tokenizer = load_model(arguments.model, arguments.dtype, device, quiet=arguments.quiet)
+    encoded = [as_chat(prompt, tokenizer, arguments.chat) for prompt in prompts]
 
     runs: list[MethodRun] = []
     with contextlib.ExitStack() as stack:
@@ -334,6 +373,8 @@ def _read_prompts(arguments: argparse.Namespace) -> list[Any]:
         raise ValueError("PROMPT and --file: give one of the two")
     if arguments.file is not None and arguments.file != "-":
         path = Path(arguments.file)
+        if arguments.input_format == "parquet" or path.suffix == ".parquet":
+            raise ValueError("--file: Parquet is for a job (--ray, or under torchrun)")
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except OSError as error:
@@ -367,6 +408,8 @@ def _read_prompts(arguments: argparse.Namespace) -> list[Any]:
 
 
 def _parse_lines(lines: Iterable[str], is_jsonl: bool, name: str) -> list[Any]:
+    from powerkernels.prompts import prompt_of
+
     if not is_jsonl:
         return [line for line in lines if line.strip()]
     prompts = []
@@ -377,45 +420,7 @@ def _parse_lines(lines: Iterable[str], is_jsonl: bool, name: str) -> list[Any]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{name}, line {number}: not JSON: {error.msg}") from error
-        prompts.append(_prompt_of(record, f"{name}, line {number}"))
-    return prompts
-
-
-def _prompt_of(record: Any, where: str) -> Any:
-    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
-        return record["prompt"]
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if isinstance(messages, list) and messages:
-        for message in messages:
-            keys = ("role", "content")
-            if not isinstance(message, dict) or not all(
-                isinstance(message.get(key), str) for key in keys
-            ):
-                raise ValueError(
-                    f'{where}: each of "messages" must be {{"role": text, "content": text}}, '
-                    f"got {message!r}"
-                )
-        return messages
-    raise ValueError(
-        f'{where}: expected an object with "prompt" (text) or "messages" (a list), '
-        f"got {str(record)[:80]}"
-    )
-
-
-def _apply_chat(prompts: list[Any], tokenizer: Any, chat: bool | None) -> list[Any]:
-    """Strings become one-message chats where a template is wanted; chats stay chats."""
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-    needs_template = any(not isinstance(prompt, str) for prompt in prompts)
-    if not has_template and (chat or needs_template):
-        reason = "--chat" if chat else '"messages"'
-        raise ValueError(
-            f"{reason}: this model's tokenizer has no chat template; "
-            "use --no-chat and plain prompts"
-        )
-    if chat is False and needs_template:
-        raise ValueError('--no-chat: the input has "messages", which need the chat template')
-    if chat or (chat is None and has_template):
-        return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        prompts.append(prompt_of(record, f"{name}, line {number}"))
     return prompts
 
 
@@ -426,39 +431,110 @@ def _config(arguments: argparse.Namespace) -> PowerSamplingConfig:
     return PowerSamplingConfig(**{name: getattr(arguments, name) for name in names})
 
 
-def _device(name: str) -> Any:
-    import torch
+def _sample_job(arguments: argparse.Namespace, rank: tuple[int, int] | None) -> int:
+    """Many workers: actors of Ray, or this process as one of torchrun's."""
+    if arguments.ray and rank is not None:
+        raise ValueError("--ray: not under torchrun, which has set RANK and WORLD_SIZE")
+    if arguments.workers is not None and not arguments.ray:
+        raise ValueError("--workers: is for --ray; torchrun has --nproc-per-node")
+    if arguments.file in (None, "-"):
+        raise ValueError("--file: a job (--ray, or under torchrun) needs a file of prompts")
+    if arguments.prompt:
+        raise ValueError("PROMPT and --file: give one of the two")
+    if arguments.output is None or arguments.json:
+        raise ValueError("--output: a job needs a file for the samples, and has no --json")
+    output = Path(arguments.output)
+    _check_writable(output)
+    methods = arguments.methods or ["power"]
+    if len(methods) != 1:
+        raise ValueError(f"--methods: a job has one method, got {','.join(methods)}")
 
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device: {name} is not here; see: {PROGRAM} doctor")
-    return device
+    from powerkernels.compare import method_config
+    from powerkernels.integrations.sharding import (
+        SamplerFactory,
+        SamplingJob,
+        plan_job,
+        run_rank,
+        scan_prompts,
+    )
+
+    config = method_config(methods[0], _config(arguments))
+    prompts = scan_prompts(Path(arguments.file).absolute(), arguments.input_format)
+    # Workers may have another working directory.
+    folder = Path(arguments.model).expanduser()
+    model = str(folder.absolute()) if folder.is_dir() else arguments.model
+
+    def plan(num_workers: int) -> SamplingJob:
+        return plan_job(
+            prompts,
+            output.absolute(),
+            model=model,
+            config=config,
+            engine=arguments.engine,
+            dtype=arguments.dtype,
+            method=methods[0],
+            num_samples=arguments.num_samples,
+            chat=arguments.chat,
+            rows_per_part=arguments.rows_per_part,
+            num_workers=num_workers,
+        )
+
+    def factory(job: SamplingJob, threads: int | None) -> SamplerFactory:
+        return SamplerFactory(
+            model,
+            job.config,
+            engine=arguments.engine,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            threads=threads,
+        )
+
+    progress = False if arguments.quiet else None
+    if rank is not None:
+        job = plan(rank[1])
+        make = factory(job, arguments.threads)
+        shown = progress if rank[0] == 0 else False
+        summary = run_rank(job, make, rank=rank[0], world_size=rank[1], progress=shown)
+    else:
+        from powerkernels.integrations import ray
+
+        plan(arguments.workers or 1).check_output()  # before Ray takes its time to start
+        with ray.running(quiet=arguments.quiet):
+            workers = arguments.workers or ray.default_workers(arguments.device)
+            cpus, gpus = ray.worker_resources(workers, arguments.device, arguments.threads)
+            job = plan(workers)
+            summary = ray.run_on_ray(
+                job,
+                factory(job, max(1, int(cpus))),
+                num_workers=workers,
+                num_cpus=cpus,
+                num_gpus=gpus,
+                progress=progress,
+            )
+    if summary is not None and not arguments.quiet:
+        errors = f", {summary.num_errors} with an error" if summary.num_errors else ""
+        print(f"{output}: {summary.num_rows} prompts{errors}", file=sys.stderr)
+    return 0
 
 
-def _load(name: str, dtype_name: str, device: Any, quiet: bool) -> tuple[Any, Any]:
-    import torch
-
-    from powerkernels.integrations import smollm2
-    from powerkernels.integrations.transformers import load_causal_lm, without_progress_bars
-
-    dtype = None if dtype_name == "auto" else getattr(torch, dtype_name)
-    with without_progress_bars():
-        if name != "smollm2":
-            return load_causal_lm(name, dtype=dtype or "auto", device=device)
-        if not quiet and not smollm2.converted_folder().is_dir():
-            print("converting SmolLM2, once: about 20 s", file=sys.stderr)
-        return smollm2.load_smollm2(dtype, device=device)
+def _rank() -> tuple[int, int] | None:
+    """(rank, world size) where torchrun, or what sets the same variables, started this process."""
+    rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is None or world_size is None:
+        return None
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise ValueError(
+            f"RANK and WORLD_SIZE: expected 0 <= rank < size, got {rank!r} and {world_size!r}"
+        )
+    return int(rank), int(world_size)
 
 
 def _record(
     run: MethodRun, sample: PowerSample, prompt: Any, arguments: argparse.Namespace, model: Any
 ) -> dict[str, Any]:
     """One line of JSON; a number that is not finite becomes null."""
+    from powerkernels.records import plain, sample_fields
+
     settings = dataclasses.asdict(run.config)
     settings |= {
         "model": arguments.model,
@@ -467,37 +543,16 @@ def _record(
     }
     settings |= {"num_samples": arguments.num_samples, "powerkernels": _version()}
     trace = sample.trace._asdict() if sample.trace is not None else None
-    record: dict[str, Any] = {
+    return {
         "method": run.method,
         "prompt": prompt,
         "prompt_index": sample.prompt_index,
         "sample_index": sample.sample_index,
-        "text": sample.text,
-        "tokens": sample.tokens,
-        "log_prob": sample.log_prob,
-        "log_likelihood": sample.log_likelihood,
-        "confidence": sample.confidence,
-        "acceptance_rate": sample.acceptance_rate,
-        "decoded_tokens": sample.decoded_tokens,
-        "finish_reason": sample.finish_reason,
-        "trace": trace,
+        **sample_fields(sample),
+        "trace": plain(trace),
         "seconds": round(run.seconds, 4),  # since the method began: chains run beside one another
-        "settings": settings,
+        "settings": plain(settings),
     }
-    return {key: _plain(value) for key, value in record.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Tensors to lists, non-finite numbers to None."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _check_writable(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -22,6 +23,19 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if name == "reference":
         yield request.param
         return
+    with at_simd_level(level):
+        yield request.param
+
+
+@pytest.fixture(params=SIMD_LEVELS)
+def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test of compiled code at every SIMD level that this CPU has."""
+    with at_simd_level(request.param):
+        yield request.param
+
+
+@contextmanager
+def at_simd_level(level: str) -> Iterator[None]:
     module = _extension.extension()
     if module is None:
         pytest.skip(f"no compiled part: {_extension.why_missing()}")
@@ -29,8 +43,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(f"this CPU or build has no {level}")
     before = module.simd_level()
     module.set_simd_level(level)
-    yield request.param
-    module.set_simd_level(before)
+    try:
+        yield
+    finally:
+        module.set_simd_level(before)
 
 
 @pytest.fixture

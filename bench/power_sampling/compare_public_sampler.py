@@ -56,7 +56,7 @@ def main() -> None:
             print(f"{name}: {faster:.1f} x faster than the public function")
     report = {
         "environment": common.environment(),
-        "settings": common.settings() | {"prompts": options.peer_prompts},
+        "settings": common.settings("bfloat16") | {"prompts": options.peer_prompts},
         "results": results,
     }
     if options.output:

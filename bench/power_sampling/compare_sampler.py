@@ -2,11 +2,14 @@
 
     python bench/power_sampling/compare_sampler.py --output bench/results/sampler_cpu.json
     python bench/power_sampling/compare_sampler.py --peer PATH --peer-prompts 3 ...
+    python bench/power_sampling/compare_sampler.py --runs both --dtype float32 --revision CHECKOUT
 
 PATH is the folder of aakaran/reasoning-with-sampling that holds power_samp_utils.py; it runs as it
 is, batch 1, on the first prompts. Every run is a process of its own, so that each has its own peak
 of memory. 16 chat prompts, 160 tokens, 4 blocks, 6 transitions per block, bfloat16. Last, one
 prompt alone: on a single lane, and on lanes that make its next transitions ahead (latency mode).
+CHECKOUT is another revision of this project, its compiled part in place: the first of the runs is
+made with it too.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import contextlib
 import importlib.machinery
 import io
 import json
+import os
 import platform
 import random
 import resource
@@ -68,30 +72,57 @@ def main() -> None:
     parser.add_argument(
         "--runs", nargs="+", choices=[*SWITCHES, *LATENCY], help="some of our runs (default: all)"
     )
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the model"
+    )
+    parser.add_argument("--revision", type=Path, help="checkout of another revision to run beside")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
         if options.only == "peer":
             result = peer(options)
         elif options.only in LATENCY:
-            result = one_by_one(LATENCY[options.only])
+            result = one_by_one(LATENCY[options.only], options.dtype)
         else:
-            result = ours(*SWITCHES[options.only])
+            result = ours(*SWITCHES[options.only], options.dtype)
         result["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps(result))
         return
-    results = {}
-    for name in [*(options.runs or (*SWITCHES, *LATENCY)), *(["peer"] if options.peer else [])]:
-        command = [sys.executable, __file__, "--only", name]
-        if options.peer:
-            command += ["--peer", str(options.peer), "--peer-prompts", str(options.peer_prompts)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        results[name] = json.loads(output.splitlines()[-1])
-        print(f"{name}: {results[name]}", flush=True)
-    report = {"environment": environment(), "settings": settings(), "results": results}
+    names = list(options.runs or (*SWITCHES, *LATENCY))
+    results = {name: run(name, options) for name in names}
+    if options.revision:
+        results[f"{names[0]}, {commit_of(options.revision)}"] = run(
+            names[0], options, PYTHONPATH=str(options.revision)
+        )
+    if options.peer:
+        results["peer"] = run("peer", options)
+    report = {
+        "environment": environment(),
+        "settings": settings(options.dtype),
+        "results": results,
+    }
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def run(name: str, options: argparse.Namespace, **environment: str) -> dict:
+    """One run, in a process of its own."""
+    command = [sys.executable, __file__, "--only", name, "--dtype", options.dtype]
+    if options.peer:
+        command += ["--peer", str(options.peer), "--peer-prompts", str(options.peer_prompts)]
+    output = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment
+    ).stdout
+    result = json.loads(output.splitlines()[-1])
+    print(f"{name}: {result}", flush=True)
+    return result
+
+
+def commit_of(checkout: Path) -> str:
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=checkout, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def smollm2_sampler(num_lanes: int, dtype: str = "bfloat16", **switches: bool) -> PowerSampler:
@@ -112,9 +143,9 @@ def smollm2_sampler(num_lanes: int, dtype: str = "bfloat16", **switches: bool) -
     return PowerSampler(model, tokenizer, config=config)
 
 
-def ours(early_rejection: bool, shared_prefix_skip: bool) -> dict:
+def ours(early_rejection: bool, shared_prefix_skip: bool, dtype: str) -> dict:
     sampler = smollm2_sampler(
-        NUM_LANES, early_rejection=early_rejection, shared_prefix_skip=shared_prefix_skip
+        NUM_LANES, dtype, early_rejection=early_rejection, shared_prefix_skip=shared_prefix_skip
     )
     prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
     started = time.perf_counter()
@@ -130,6 +161,7 @@ def ours(early_rejection: bool, shared_prefix_skip: bool) -> dict:
         "prefill_seconds": stats.prefill_seconds,
         "decoded_tokens": stats.decoded_tokens,
         "kept_tokens": stats.kept_tokens,
+        "tokens_per_second": stats.decoded_tokens / seconds,
         "acceptance_rate": stats.acceptance_rate,
         "lane_occupancy": stats.lane_occupancy,
         "stopped_at_eos": sum(sample.finish_reason == "stop" for sample in samples),
@@ -137,9 +169,9 @@ def ours(early_rejection: bool, shared_prefix_skip: bool) -> dict:
     }
 
 
-def one_by_one(num_lanes: int) -> dict:
+def one_by_one(num_lanes: int, dtype: str) -> dict:
     """Each prompt in a call of its own, on a sampler that has been used before."""
-    sampler = smollm2_sampler(num_lanes)
+    sampler = smollm2_sampler(num_lanes, dtype)
     seconds, steps, used, decoded, kept = [], 0, 0, 0, 0
     for timed, texts in ((False, PROMPTS[1:2]), (True, [PROMPTS[i] for i in LATENCY_PROMPTS])):
         for text in texts:
@@ -244,9 +276,9 @@ def prompt_ids(tokenizer: object, text: str) -> list[int]:
     return [token for token in ids if token != tokenizer.eos_token_id]
 
 
-def settings() -> dict:
+def settings(dtype: str) -> dict:
     return {
-        "model": "SmolLM2-135M-Instruct bfloat16",
+        "model": f"SmolLM2-135M-Instruct {dtype}",
         "alpha": ALPHA,
         "max_new_tokens": MAX_NEW_TOKENS,
         "num_blocks": NUM_BLOCKS,

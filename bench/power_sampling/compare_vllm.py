@@ -59,11 +59,7 @@ def main() -> None:
             print(f"{name}: {results[name]['share_of_lockstep']:.2f} of the lockstep loop's time")
     report = {
         "environment": common.environment() | {"vllm": vllm_version()},
-        "settings": common.settings()
-        | {
-            "model": f"SmolLM2-135M-Instruct {options.dtype}",
-            "prompts": len(common.PROMPTS),
-        },
+        "settings": common.settings(options.dtype) | {"prompts": len(common.PROMPTS)},
         "results": results,
     }
     if options.output:

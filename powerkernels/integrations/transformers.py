@@ -50,7 +50,7 @@ def load_causal_lm(
     is_local = Path(model).expanduser().exists()
     source = str(Path(model).expanduser()) if is_local else str(model)
     if is_local:
-        _check_folder(Path(source))
+        check_folder(Path(source))
     elif not _could_be_hub_name(source):
         raise FileNotFoundError(
             f"model: there is no folder {source!r}; "
@@ -101,7 +101,7 @@ def _could_be_hub_name(name: str) -> bool:
     return bool(name) and not name.startswith(("/", ".", "~")) and name.count("/") <= 1
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Refuse what transformers would answer with a long message, or read with pickle."""
     if not folder.is_dir():
         raise ValueError(

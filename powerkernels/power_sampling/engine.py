@@ -344,12 +344,12 @@ class _Run:
 
     def _count(self, found: list[FinishedChain]) -> None:
         stats = self._stats
-        for chain in found:
-            stats.finished_chains += 1
-            stats.kept_tokens += chain.tokens.numel()
-            stats.used_tokens += chain.decoded_tokens
-            stats.transitions += chain.trace.shape[0]
-            stats.accepted_transitions += int(chain.trace[:, TRACE_FIELDS.index("accepted")].sum())
+        stats.finished_chains += len(found)
+        stats.kept_tokens += sum(chain.tokens.numel() for chain in found)
+        stats.used_tokens += sum(chain.decoded_tokens for chain in found)
+        transitions = torch.cat([chain.trace for chain in found])
+        stats.transitions += transitions.shape[0]
+        stats.accepted_transitions += int(transitions[:, TRACE_FIELDS.index("accepted")].sum())
         self._estimate()
 
     def _estimate(self) -> None:
@@ -368,21 +368,35 @@ def collect(state: LaneState, slots: Sequence[int], places: Sequence[int]) -> li
     tokens = state.tokens[CURRENT, lanes].cpu()
     scores = state.scores[CURRENT, lanes].float().cpu()
     items = state.trace[torch.tensor(slots)].cpu()
+    ends = chains[:, lane_state.END_ITEM]
     is_transition = torch.arange(items.shape[1]) % state.rules.items_per_block != 0
-    decoded = items[:, :, TRACE_FIELDS.index("decoded")]
-    found = []
-    for i, (place, chain) in enumerate(zip(places, chains.tolist(), strict=True)):
-        n, end = chain[lane_state.NEWEST_LENGTH], chain[lane_state.END_ITEM]
-        found.append(
-            FinishedChain(
-                place=place,
-                tokens=tokens[i, :n],
-                log_prob=scores[i, :n, lane_state.LOG_PROB],
-                log_q=scores[i, :n, lane_state.LOG_Q],
-                entropy=scores[i, :n, lane_state.ENTROPY],
-                ended=bool(chain[lane_state.ENDED]),
-                decoded_tokens=int(decoded[i, :end].sum()),
-                trace=items[i, :end][is_transition[:end]],
-            )
+    num_transitions = torch.cat((torch.zeros(1, dtype=torch.int64), is_transition.cumsum(0)))[ends]
+    done = torch.arange(items.shape[1]) < ends[:, None]
+    decoded = (items[:, :, TRACE_FIELDS.index("decoded")] * done).sum(1)
+    # Tens of thousands of short chains may finish in one tick: whole columns, then one slice each.
+    rows = zip(
+        places,
+        tokens.unbind(),
+        scores[:, :, lane_state.LOG_PROB].unbind(),
+        scores[:, :, lane_state.LOG_Q].unbind(),
+        scores[:, :, lane_state.ENTROPY].unbind(),
+        chains[:, lane_state.NEWEST_LENGTH].tolist(),
+        chains[:, lane_state.ENDED].tolist(),
+        decoded.tolist(),
+        items[:, is_transition].unbind(),
+        num_transitions.tolist(),
+        strict=True,
+    )
+    return [
+        FinishedChain(
+            place=place,
+            tokens=token[:n],
+            log_prob=log_prob[:n],
+            log_q=log_q[:n],
+            entropy=entropy[:n],
+            ended=bool(ended),
+            decoded_tokens=int(decoded),
+            trace=transitions[:made],
         )
-    return found
+        for place, token, log_prob, log_q, entropy, n, ended, decoded, transitions, made in rows
+    ]

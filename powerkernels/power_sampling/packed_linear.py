@@ -1,4 +1,4 @@
-"""Linear layers of a CPU model with their weights packed once for oneDNN.
+"""Linear layers of a CPU model with their weights packed once.
 
 torch hands a plain weight to oneDNN or MKL on every call. For the few rows of a lane step, packing
 costs as much as the product: measured on two cores, 16 rows of SmolLM2's layers, bf16, the packed
@@ -6,8 +6,10 @@ product takes about half the time. It is the packing that torch's own compiler u
 a model.
 
 A CPU whose bfloat16 oneDNN does not know (AVX2 alone) has a bfloat16 product whose time grows with
-the rows. There the packed copy is float32: every product exact and summed in float32, and the
-result rounded once, for a fifth of the time at 16 rows and twice the memory.
+the rows. There the product is ours (csrc/cpu/packed_linear.cpp): weights widened in registers, so
+that bfloat16 is what memory is read for; every product exact and summed in float32, the result
+rounded once. Without the compiled part the packed copy is float32: the same rounding for twice the
+memory and the time of reading it.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from powerkernels import _extension
+
 
 class PackedLinears:
     """Packs the plain `nn.Linear` layers of a model on a CPU; on other devices does nothing.
 
     The layers themselves are not changed: packed copies stand in for their forward inside
-    `in_use()`. Costs as much memory again as the layers' weights, twice that where bfloat16 is
-    widened.
+    `in_use()`. Costs as much memory again as the layers' weights, twice that where a float32 copy
+    stands for bfloat16.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -93,17 +97,86 @@ def _sum_of_bits(tensor: Tensor) -> int:
 
 
 def _packed_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-    weight = module.weight.detach()
+    if module.weight.dtype == torch.bfloat16 and not _multiplies_bfloat16():
+        if _extension.backend_for(module.weight.device) == "cpp":
+            return _widening_forward(module)
+        return _widened_forward(module)
     bias = None if module.bias is None else module.bias.detach()
-    widened = weight.dtype == torch.bfloat16 and not _multiplies_bfloat16()
-    if widened:
-        weight, bias = weight.float(), None if bias is None else bias.float()
+    return _onednn_forward(module.weight.detach(), bias)
+
+
+def _onednn_forward(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     packed: Any = torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def forward(input: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
 
-    return (lambda input: forward(input.float()).bfloat16()) if widened else forward
+    return forward
+
+
+def _widened_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """A bfloat16 layer by a float32 copy of its weight."""
+    bias = None if module.bias is None else module.bias.detach().float()
+    forward = _onednn_forward(module.weight.detach().float(), bias)
+    return lambda input: forward(input.float()).bfloat16()
+
+
+def _widening_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """A bfloat16 layer by our own product, which widens the packed weight in registers."""
+    weight = module.weight.detach()
+    bias = None if module.bias is None else module.bias.detach().contiguous()
+    packed = pack(weight)
+
+    def forward(input: Tensor) -> Tensor:
+        if input.dtype != torch.bfloat16:
+            return nn.functional.linear(input, weight, bias)
+        return packed_linear(input, packed, weight.shape[0], bias)
+
+    return forward
+
+
+def pack(weight: Tensor) -> Tensor:
+    """bfloat16 [N, K] on a CPU, rows contiguous, as panels [ceil(N / P), K, P] of P columns."""
+    extension = _extension.compiled()
+    columns, depth = weight.shape
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    panels = -(-columns // extension.PANEL_COLUMNS)
+    packed = weight.new_empty(panels, depth, extension.PANEL_COLUMNS)
+    extension.pack_linear(
+        weight=weight.data_ptr(),
+        stride=weight.stride(0),
+        columns=columns,
+        depth=depth,
+        packed=packed.data_ptr(),
+        num_threads=_extension.num_threads(),
+    )
+    return packed
+
+
+def packed_linear(input: Tensor, packed: Tensor, columns: int, bias: Tensor | None) -> Tensor:
+    """input [..., K] times the weight that `pack` made of [N, K], plus bias [N]: [..., N].
+
+    All bfloat16. Sums are float32 in the order of K, rounded once; a row's result does not depend
+    on the other rows nor on the number of threads.
+    """
+    depth = packed.shape[1]
+    rows = input.reshape(-1, depth)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    output = input.new_empty(*input.shape[:-1], columns)
+    _extension.compiled().packed_linear(
+        input=rows.data_ptr(),
+        packed=packed.data_ptr(),
+        bias=_extension.address(bias),
+        output=output.data_ptr(),
+        rows=rows.shape[0],
+        columns=columns,
+        depth=depth,
+        input_stride=rows.stride(0),
+        num_threads=_extension.num_threads(),
+    )
+    return output
 
 
 def _multiplies_bfloat16() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 from powerkernels.power_sampling.engine import SamplerStats
 
@@ -14,12 +15,15 @@ class ProgressLine:
     """Rewrites one line of standard error; does nothing where that is not a terminal.
 
     Args:
-        stats: the counts of the run, read at every refresh.
+        what: the counts of the run, read at every refresh; or a function from the seconds since
+            the start to the line.
         show: True or False to force it; None is "only on a terminal".
     """
 
-    def __init__(self, stats: SamplerStats, show: bool | None = None) -> None:
-        self._stats = stats
+    def __init__(
+        self, what: SamplerStats | Callable[[float], str], show: bool | None = None
+    ) -> None:
+        self._what = what
         self._show = sys.stderr.isatty() if show is None else show
         self._started = self._drawn = time.perf_counter()
         self._width = 0
@@ -29,7 +33,8 @@ class ProgressLine:
         now = time.perf_counter()
         if self._show and now - self._drawn >= REFRESH_SECONDS:
             self._drawn = now
-            self._write(describe(self._stats, now - self._started))
+            elapsed, what = now - self._started, self._what
+            self._write(what(elapsed) if callable(what) else describe(what, elapsed))
 
     def close(self) -> None:
         """Leave the cursor on an empty line."""
@@ -54,6 +59,10 @@ def describe(stats: SamplerStats, elapsed: float) -> str:
     if stats.transitions:
         parts.append(f"acceptance {stats.acceptance_rate:.2f}")
     if stats.fraction_done > 0:
-        left = elapsed * (1 - stats.fraction_done) / stats.fraction_done
-        parts.append(f"about {int(left) // 60}:{int(left) % 60:02d} left")
+        parts.append(time_left(elapsed, stats.fraction_done))
     return " | ".join(parts)
+
+
+def time_left(elapsed: float, fraction_done: float) -> str:
+    left = elapsed * (1 - fraction_done) / fraction_done
+    return f"about {int(left) // 60}:{int(left) % 60:02d} left"

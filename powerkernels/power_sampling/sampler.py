@@ -127,6 +127,7 @@ class PowerSampler:
         num_samples: int = 1,
         *,
         seed: int | None = None,
+        first_sample: Sequence[int] | None = None,
         progress: bool | None = None,
     ) -> list[PowerSample]:
         """Draw `num_samples` completions of every prompt.
@@ -136,6 +137,10 @@ class PowerSampler:
                 (``{"role": …, "content": …}``) or a list of token ids.
             num_samples: chains per prompt, >= 1.
             seed: of this call, 0 <= seed < 2^64; None is the config's.
+            first_sample: for each prompt, the number of its first sample among the samples of equal
+                prompts, >= 0: what earlier calls, or other parts of a data set, have drawn for it.
+                Samples of other numbers are independent, a number gives the same sample again. None
+                counts within this call.
             progress: a progress line on standard error; None shows it on a terminal only.
 
         Returns:
@@ -148,7 +153,10 @@ class PowerSampler:
         """
         samples: list[PowerSample] = []
         try:
-            for sample in self.iter_samples(prompts, num_samples, seed=seed, progress=progress):
+            run = self.iter_samples(
+                prompts, num_samples, seed=seed, first_sample=first_sample, progress=progress
+            )
+            for sample in run:
                 samples.append(sample)  # what is finished survives an interrupt
         except KeyboardInterrupt:
             self.stats.interrupted = True
@@ -160,6 +168,7 @@ class PowerSampler:
         num_samples: int = 1,
         *,
         seed: int | None = None,
+        first_sample: Sequence[int] | None = None,
         progress: bool | None = None,
     ) -> Iterator[PowerSample]:
         """As `sample`, but yields each sample as soon as its chain has finished."""
@@ -171,10 +180,21 @@ class PowerSampler:
         ]
         if not encoded:
             raise ValueError("prompts must hold at least one prompt, got none")
-        chains = _number_chains(encoded, num_samples)
-        self._check_context(encoded)
+        for i, prompt in enumerate(encoded):
+            self._check_context(prompt, f"prompts[{i}]")
+        chains = _number_chains(encoded, num_samples, first_sample)
         self.stats = self._make_stats()
         return self._run(chains, config.seed, num_samples, progress)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of one prompt, as `sample` takes them.
+
+        Raises:
+            TypeError, ValueError: `sample` would refuse it.
+        """
+        ids = self._encode(prompt, "prompt")
+        self._check_context(ids, "prompt")
+        return list(ids)
 
     def release(self) -> None:
         """Free the cache and what else is kept between calls."""
@@ -187,8 +207,7 @@ class PowerSampler:
         self, chains: list[Chain], seed: int, num_samples: int, progress: bool | None
     ) -> Iterator[PowerSample]:
         stats = self.stats
-        at_least = DEFAULT_MIN_LANES if self.config.prefetch else 1
-        num_lanes = self.config.num_lanes or min(max(len(chains), at_least), DEFAULT_MAX_LANES)
+        num_lanes = num_lanes_for(self.config, len(chains))
         # The last token of a completion is never fed.
         max_length = max(len(chain.prompt) for chain in chains) + self.config.max_new_tokens - 1
         engine = self._take_engine(num_lanes, max_length)
@@ -302,14 +321,13 @@ class PowerSampler:
         config: Any = getattr(self.model, "config", None)
         return config and getattr(config.get_text_config(), "max_position_embeddings", None)
 
-    def _check_context(self, prompts: list[tuple[int, ...]]) -> None:
+    def _check_context(self, prompt: tuple[int, ...], name: str) -> None:
         context = self._context()
-        for i, prompt in enumerate(prompts):
-            if context and len(prompt) + self.config.max_new_tokens > context:
-                raise ValueError(
-                    f"prompts[{i}] and max_new_tokens must fit the model's context of {context} "
-                    f"tokens, got {len(prompt)} + {self.config.max_new_tokens}"
-                )
+        if context and len(prompt) + self.config.max_new_tokens > context:
+            raise ValueError(
+                f"{name} and max_new_tokens must fit the model's context of {context} "
+                f"tokens, got {len(prompt)} + {self.config.max_new_tokens}"
+            )
 
     def _generation_config(self) -> Any:
         return getattr(self.model, "generation_config", None)
@@ -322,6 +340,12 @@ class PowerSampler:
         if ids is None:
             return ()
         return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def num_lanes_for(config: PowerSamplingConfig, num_chains: int) -> int:
+    """Rows of the static batch of a run of `num_chains` chains."""
+    at_least = DEFAULT_MIN_LANES if config.prefetch else 1
+    return config.num_lanes or min(max(num_chains, at_least), DEFAULT_MAX_LANES)
 
 
 def _as_list(prompts: Any) -> list[Any]:
@@ -340,18 +364,34 @@ def _holds(value: Any, kind: type) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], kind)
 
 
-def _number_chains(prompts: list[tuple[int, ...]], num_samples: int) -> list[Chain]:
+def _number_chains(
+    prompts: list[tuple[int, ...]], num_samples: int, first_sample: Sequence[int] | None = None
+) -> list[Chain]:
     """Number the chains by what they are, so that no result depends on the order of the prompts.
 
     A number is 32 bits of a hash of the prompt plus the sample's index among the samples of equal
     prompts: chains of one prompt always have different numbers; two prompts share uniforms with
     probability 2^-32, each still following its own law.
     """
+    if first_sample is not None:
+        _check_first_sample(first_sample, len(prompts))
     chains, seen = [], Counter[tuple[int, ...]]()
     for i, prompt in enumerate(prompts):
         digest = hashlib.blake2b(struct.pack(f"<{len(prompt)}q", *prompt), digest_size=4).digest()
+        first = seen[prompt] if first_sample is None else first_sample[i]
         for sample in range(num_samples):
-            number = (int.from_bytes(digest, "little") + seen[prompt]) % 2**32
+            number = (int.from_bytes(digest, "little") + first + sample) % 2**32
             chains.append(Chain(i * num_samples + sample, prompt, number))
-            seen[prompt] += 1
+        seen[prompt] += num_samples
     return chains
+
+
+def _check_first_sample(first_sample: Sequence[int], num_prompts: int) -> None:
+    if len(first_sample) != num_prompts:
+        raise ValueError(
+            f"first_sample must hold one number for each of the {num_prompts} prompts, "
+            f"got {len(first_sample)}"
+        )
+    for i, number in enumerate(first_sample):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise ValueError(f"first_sample[{i}] must be an int >= 0, got {number!r}")

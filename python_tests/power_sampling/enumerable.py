@@ -205,6 +205,8 @@ class EnumerableLanes:
 
     def prefill(self, lane: int, tokens: tuple[int, ...]) -> None:
         self._prompt_length[lane] = len(tokens)
+        if len(tokens) == 1:  # tens of thousands of chains begin so
+            return
         self.cache[:, lane, : len(tokens) - 1] = torch.tensor(tokens[:-1], dtype=torch.int64)
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:

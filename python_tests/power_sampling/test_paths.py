@@ -141,6 +141,21 @@ def test_order_of_prompts_changes_nothing(dtype: torch.dtype) -> None:
         assert_same_chain(a, b)
 
 
+def test_parts_of_a_list_draw_what_the_whole_list_draws(llama: object) -> None:
+    sampler = PowerSampler(llama, config=config())
+    whole = sampler.sample(PROMPTS, num_samples=2)
+    # PROMPTS holds [5] twice: the second one's samples are numbers 2 and 3 of that prompt.
+    parts = [
+        *sampler.sample(PROMPTS[:2], num_samples=2, first_sample=[0, 0]),
+        *sampler.sample(PROMPTS[2:], num_samples=2, first_sample=[2, 0, 0, 0, 0]),
+    ]
+    for a, b in zip(whole, parts, strict=True):
+        assert_same_chain(a, b)
+    again = sampler.sample(PROMPTS[2:3], num_samples=2)
+    assert_same_chain(again[0], whole[0])
+    assert again[0].tokens != whole[4].tokens
+
+
 def test_one_sampler_serves_prompts_of_other_lengths_and_weights_that_change() -> None:
     model = small_llama(torch.float32)
     sampler = PowerSampler(model, config=config())

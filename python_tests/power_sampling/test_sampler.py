@@ -231,6 +231,34 @@ def test_text_without_tokenizer(tiny: tuple) -> None:
         PowerSampler(tiny[0], config=config()).sample("one")
 
 
+def test_encode_gives_what_sample_takes(tiny: tuple) -> None:
+    model, tokenizer = tiny
+    sampler = PowerSampler(model, tokenizer, config=config(num_lanes=2))
+    chat = [{"role": "user", "content": "one two"}]
+    ids = sampler.encode(chat)
+    assert ids == tokenizer("user one two assistant")["input_ids"]
+    (of_chat,), (of_ids,) = sampler.sample([chat]), sampler.sample([ids])
+    assert of_chat.tokens == of_ids.tokens
+    with pytest.raises(ValueError, match="prompt must hold at least one token"):
+        sampler.encode("")
+    with pytest.raises(ValueError, match="prompt and max_new_tokens must fit"):
+        sampler.encode([2] * 57)
+
+
+@pytest.mark.parametrize(
+    ("first_sample", "message"),
+    [
+        ([0], "first_sample must hold one number for each of the 2 prompts, got 1"),
+        ([0, -1], r"first_sample\[1\] must be an int >= 0, got -1"),
+        ([0.5, 1], r"first_sample\[0\] must be an int >= 0"),
+        ([True, 1], r"first_sample\[0\] must be an int >= 0"),
+    ],
+)
+def test_bad_first_sample(tiny: tuple, first_sample: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PowerSampler(*tiny, config=config()).sample(["one", "two"], first_sample=first_sample)
+
+
 @pytest.mark.parametrize("num_samples", [0, -1, 1.5, True])
 def test_bad_num_samples(tiny: tuple, num_samples: object) -> None:
     with pytest.raises(ValueError, match="num_samples must be an int >= 1"):

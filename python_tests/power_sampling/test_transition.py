@@ -520,7 +520,7 @@ def small_blocks(kernels: object, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_kernels(kernel_device: str, small_blocks: None, name: str) -> None:
     options = {"chains": (0, 7, 8, 2**31), "num_lanes": 5, **CASES[name]}
-    spot_check(make_case(**options), transition_of, kernel_device, num_histories=3)
+    spot_check(make_case(**options), transition_of, kernel_device, num_histories=2)
 
 
 def test_kernels_all_the_way(kernel_device: str, kernels: object) -> None:
