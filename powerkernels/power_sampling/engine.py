@@ -37,6 +37,18 @@ class Chain(NamedTuple):
     number: int
 
 
+class LogZNoise(NamedTuple):
+    """|difference of log_z| in two visits of the same prefix, over a chain's proposals, nats.
+
+    A proposal's first token is drawn behind a prefix whose log_z the chain has; the two are equal
+    where logits depend on the prefix alone.
+    """
+
+    visits: int
+    mean: float  # NaN without visits
+    max: float
+
+
 class FinishedChain(NamedTuple):
     """The end of a chain; tensors on the CPU."""
 
@@ -48,6 +60,7 @@ class FinishedChain(NamedTuple):
     ended: bool  # the last token is an EOS
     decoded_tokens: int  # without what was made ahead and dropped
     trace: Tensor  # float64 [number of transitions, len(TRACE_FIELDS)]
+    log_z_noise: LogZNoise | None = None  # None where there cannot be any
 
 
 @dataclass

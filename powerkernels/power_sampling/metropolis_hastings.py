@@ -11,7 +11,8 @@ where log_z_t = log Σ_v p(v | x_<t)^s. n and n' are the two lengths; without lo
 proposals that may not grow past n, the chain has another stationary law.
 
 The lane engine runs the same transition for many chains at once (reference.py); this file is its
-oracle, and the piece to take for a sampler of one's own.
+oracle, and the piece to take for a sampler of one's own: `step`, or where many proposals are drawn
+at once, `begin`, `grow` and `decide`.
 
 Source: Karan & Du 2025, "Reasoning with Sampling", Algorithm 1.
 """
@@ -196,51 +197,118 @@ def step(
     s = alpha if proposal_power is None else proposal_power
     if limit < n:
         raise ValueError(f"limit must be at least the current length {n}, got {limit}")
+    may_stop = early_rejection and 1.0 <= s <= alpha
+    proposal = begin(state, seed=seed, chain=chain, shared_prefix_skip=shared_prefix_skip)
+    if not proposal.repeats:
+        for scored in propose(proposal.written.tokens, proposal.banned, limit):
+            proposal = grow(proposal, scored, alpha=alpha, proposal_power=s)
+            length = len(proposal.written.tokens)
+            if length > limit:
+                raise ValueError(f"propose must stop at limit = {limit} tokens, got {length}")
+            if may_stop and proposal.is_rejected:
+                break
+    return decide(proposal)
+
+
+class Proposal(NamedTuple):
+    """A transition under way, for samplers that draw many proposals at once.
+
+    `begin` makes it, `grow` adds a token, `decide` ends it. `step` is these three for one chain.
+    """
+
+    state: MHState  # before the transition
+    written: MHState  # the proposal so far: what it shares with the state, then what was drawn
+    cut: int  # m
+    divergence: int  # first position to draw
+    banned: int | None  # token excluded there
+    log_u: float
+    log_accept_ratio: float  # log r if the proposal ended here; inf before the first token
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the proposal is the current completion; it is accepted, with nothing drawn."""
+        return self.divergence == len(self.state.tokens)
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether log r is too small already; where 1 <= s <= alpha it cannot grow any more."""
+        return self.log_accept_ratio <= self.log_u
+
+
+def begin(
+    state: MHState, *, seed: int = 0, chain: int = 0, shared_prefix_skip: bool = True
+) -> Proposal:
+    """Draw the cut, log u and, with the skip, the divergence of the next transition."""
+    n = len(state.tokens)
     transition = state.transition + 1
     as_tensor = lambda value: torch.tensor([value], dtype=torch.int64)  # noqa: E731
     draws = transition_draws(as_tensor(n), as_tensor(transition), as_tensor(chain), seed=seed)
     cut, log_u = int(draws[0]), float(draws[1])
-
     divergence, banned = cut, None
     if shared_prefix_skip:
         divergence = _first_difference(state, cut, transition, chain, seed)
-        if divergence == n:
-            info = MHInfo(True, cut, n, n, 0.0, log_u, 0)
-            return state._replace(transition=transition), info
-        banned = state.tokens[divergence]
-
-    may_stop = early_rejection and 1.0 <= s <= alpha
-    proposal = MHState(
+        banned = state.tokens[divergence] if divergence < n else None
+    written = MHState(
         state.tokens[:divergence],
         state.log_prob[:divergence],
         state.log_q[:divergence],
         state.w_cumsum[: divergence + 1],
         transition,
     )
-    log_r = math.inf
-    for scored in propose(proposal.tokens, banned, limit):
-        proposal = _append(proposal, scored, alpha=alpha, proposal_power=s)
-        length = len(proposal.tokens)
-        if length > limit:
-            raise ValueError(f"propose must stop at limit = {limit} tokens, got {length}")
-        # Both prefix sums agree up to the divergence. Each term of this only falls while the
-        # proposal grows, so before its end it bounds log r from above.
-        log_r = (proposal.w_cumsum[-1] - state.w_cumsum[-1]) + math.log(n) - math.log(length)
-        if may_stop and log_r <= log_u:
-            break
-    if len(proposal.tokens) == divergence:
+    return Proposal(state, written, cut, divergence, banned, log_u, math.inf)
+
+
+def grow(
+    proposal: Proposal,
+    scored: ScoredToken,
+    *,
+    alpha: float,
+    proposal_power: float | None = None,
+) -> Proposal:
+    """The proposal with one more token, drawn from q (the first one: restricted to v != banned)."""
+    s = alpha if proposal_power is None else proposal_power
+    written = _append(proposal.written, scored, alpha=alpha, proposal_power=s)
+    return proposal._replace(
+        written=written, log_accept_ratio=_log_accept_ratio(proposal.state, written)
+    )
+
+
+def decide(proposal: Proposal) -> tuple[MHState, MHInfo]:
+    """Accept or reject a proposal that is complete or known to be rejected.
+
+    Returns:
+        (the next state, what happened).
+
+    Raises:
+        ValueError: nothing was drawn for the proposal.
+    """
+    state, written, divergence = proposal.state, proposal.written, proposal.divergence
+    length = len(written.tokens)
+    if proposal.repeats:
+        info = MHInfo(True, proposal.cut, length, length, 0.0, proposal.log_u, 0)
+        return written, info
+    if length == divergence:
         raise ValueError("propose must yield at least one token, got none")
-    accepted = log_u < log_r
+    accepted = proposal.log_u < proposal.log_accept_ratio
     info = MHInfo(
         accepted,
-        cut,
+        proposal.cut,
         divergence,
-        len(proposal.tokens),
-        log_r,
-        log_u,
-        len(proposal.tokens) - divergence,
+        length,
+        proposal.log_accept_ratio,
+        proposal.log_u,
+        length - divergence,
     )
-    return (proposal if accepted else state._replace(transition=transition)), info
+    return (written if accepted else state._replace(transition=written.transition)), info
+
+
+def _log_accept_ratio(state: MHState, proposed: MHState) -> float:
+    """log r. Both prefix sums agree up to the divergence.
+
+    Each term only falls while a proposal grows, so before its end this bounds log r from above.
+    """
+    n, length = len(state.tokens), len(proposed.tokens)
+    return (proposed.w_cumsum[-1] - state.w_cumsum[-1]) + math.log(n) - math.log(length)
 
 
 def _append(state: MHState, scored: ScoredToken, *, alpha: float, proposal_power: float) -> MHState:

@@ -13,7 +13,13 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from powerkernels.power_sampling.config import PowerSamplingConfig
-from powerkernels.power_sampling.engine import Chain, FinishedChain, LaneEngine, SamplerStats
+from powerkernels.power_sampling.engine import (
+    Chain,
+    FinishedChain,
+    LaneEngine,
+    LogZNoise,
+    SamplerStats,
+)
 from powerkernels.power_sampling.lane_model import LaneModel, TransformersLaneModel
 from powerkernels.power_sampling.lane_state import TRACE_FIELDS
 from powerkernels.power_sampling.progress import ProgressLine
@@ -54,6 +60,8 @@ class PowerSample:
             transitions that were made ahead and dropped.
         finish_reason: "stop" for an EOS, "length" for the limit.
         trace: the chain's transitions.
+        log_z_noise: how far log_z of one prefix was apart in two visits, where the engine is one
+            whose logits depend on the way to a prefix; None for the lanes, where they do not.
     """
 
     prompt_index: int
@@ -68,6 +76,7 @@ class PowerSample:
     decoded_tokens: int
     finish_reason: Literal["stop", "length"]
     trace: MHTrace
+    log_z_noise: LogZNoise | None = None
 
 
 class PowerSampler:
@@ -98,16 +107,19 @@ class PowerSampler:
     ) -> None:
         if not isinstance(config, PowerSamplingConfig):
             raise TypeError(f"config must be a PowerSamplingConfig, got {type(config).__name__}")
-        if not callable(model):
-            raise TypeError(
-                "model must be a transformers causal LM or a function that makes a LaneModel, "
-                f"got {type(model).__name__}"
-            )
+        self._check_model(model)
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
         self.stats = SamplerStats()
         self._engine: LaneEngine | None = None
+
+    def _check_model(self, model: Any) -> None:
+        if not callable(model):
+            raise TypeError(
+                "model must be a transformers causal LM or a function that makes a LaneModel, "
+                f"got {type(model).__name__}"
+            )
 
     def sample(
         self,
@@ -171,11 +183,8 @@ class PowerSampler:
         for i, prompt in enumerate(encoded):
             self._check_context(prompt, f"prompts[{i}]")
         chains = _number_chains(encoded, num_samples, first_sample)
-        num_lanes = num_lanes_for(self.config, len(chains))
-        # The last token of a completion is never fed.
-        max_length = max(map(len, encoded)) + self.config.max_new_tokens - 1
-        self.stats = SamplerStats()
-        return self._run(chains, config.seed, num_lanes, max_length, num_samples, progress)
+        self.stats = self._make_stats()
+        return self._run(chains, config.seed, num_samples, progress)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of one prompt, as `sample` takes them.
@@ -191,19 +200,18 @@ class PowerSampler:
         """Free the cache and what else is kept between calls."""
         self._engine = None
 
+    def _make_stats(self) -> SamplerStats:
+        return SamplerStats()
+
     def _run(
-        self,
-        chains: list[Chain],
-        seed: int,
-        num_lanes: int,
-        max_length: int,
-        num_samples: int,
-        progress: bool | None,
+        self, chains: list[Chain], seed: int, num_samples: int, progress: bool | None
     ) -> Iterator[PowerSample]:
         stats = self.stats
+        num_lanes = num_lanes_for(self.config, len(chains))
+        # The last token of a completion is never fed.
+        max_length = max(len(chain.prompt) for chain in chains) + self.config.max_new_tokens - 1
         engine = self._take_engine(num_lanes, max_length)
         running = getattr(engine.model, "running", nullcontext)
-        stats = self.stats
         line = ProgressLine(stats, progress)
         run = engine.run(chains, stats, line.update, seed=seed)
         try:
@@ -268,6 +276,7 @@ class PowerSampler:
             decoded_tokens=finished.decoded_tokens,
             finish_reason="stop" if finished.ended else "length",
             trace=trace,
+            log_z_noise=finished.log_z_noise,
         )
 
     def _encode(self, prompt: Prompt, name: str) -> tuple[int, ...]:
@@ -320,9 +329,12 @@ class PowerSampler:
                 f"tokens, got {len(prompt)} + {self.config.max_new_tokens}"
             )
 
+    def _generation_config(self) -> Any:
+        return getattr(self.model, "generation_config", None)
+
     def _eos(self) -> tuple[int, ...]:
         ids = self.config.eos_token_id
-        for owner in (getattr(self.model, "generation_config", None), self.tokenizer):
+        for owner in (self._generation_config(), self.tokenizer):
             if ids is None:
                 ids = getattr(owner, "eos_token_id", None)
         if ids is None:
