@@ -22,7 +22,8 @@ from bench.memory import peak_bytes
 MEMORY_SHARE = 0.8
 CASE_SECONDS: dict[Size, float] = {"device": 3.0, "host": 4.0, "quick": 0.2}
 CEILING_SECONDS: dict[Size, float] = {"device": 2.0, "host": 4.0, "quick": 0.3}
-MIN_ROUNDS: dict[Size, int] = {"device": 9, "host": 5, "quick": 3}
+# `compare` cannot tell fewer than 8 samples apart in a table of a hundred rows.
+MIN_ROUNDS: dict[Size, int] = {"device": 9, "host": 8, "quick": 3}
 JOB_ROUNDS: dict[Size, int] = {"device": 3, "host": 3, "quick": 1}
 CEILING = "ceiling"
 
@@ -185,7 +186,7 @@ class _Measurement:
             return None
         if isinstance(kind, str):
             make = {"copy": ceilings.copy_of, "read": ceilings.read_of}[kind]
-            count = timing.num_sets(case.bytes, device)
+            count = timing.num_sets(case.bytes, device) if self._kernel.rotates else 1
             name = f"{kind} of {case.bytes / 1e6:.3g} MB"
             return name, [make(case.bytes, device) for _ in range(count)]
         found = [kind(case, inputs) for inputs in sets]
@@ -223,6 +224,7 @@ class _Measurement:
                     "ratio_to_ceiling": self._ratio(samples, mode, median),
                     "peak_megabytes": _megabytes(self._peaks.get(name)),
                     "errors": self._errors.get(name),
+                    "memory_bound": isinstance(self._kernel.ceiling, str),
                     **self._rate(median),
                 }
                 if variant is not None and variant.metrics is not None:

@@ -23,7 +23,7 @@ def cells(info: dict[str, Any]) -> tuple[str, ...]:
 
 
 def rate(info: dict[str, Any]) -> str:
-    if info.get("teraflops"):
+    if info.get("teraflops") and not info.get("memory_bound"):
         return f"{info['teraflops']:.3g} TFLOP/s"
     if info.get("gigabytes_per_second"):
         return f"{info['gigabytes_per_second']:.3g} GB/s"

@@ -115,13 +115,10 @@ class HostClock:
     def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
         self._calls, self._next = calls, 0
         self.samples = Samples()
-        for _ in range(WARMUP_CALLS):
-            self._call()
-        start = default_timer()
-        self._call()
-        once = max(default_timer() - start, 1e-9)
+        once = self._timed()
         self._sustain = once < LONG_SECONDS
         if self._sustain:
+            once = min(self._timed() for _ in range(WARMUP_CALLS))
             wanted = -(-SUSTAINED_SECONDS["cpu"] // once)
             self.samples.calls = int(min(MAX_CALLS, max(1, wanted)))
         self.seconds = once * (1 + self._sustain * self.samples.calls)
@@ -131,12 +128,15 @@ class HostClock:
         self._next = (self._next + 1) % len(self._calls)
         call()
 
+    def _timed(self) -> float:
+        start = default_timer()
+        self._call()
+        return max(default_timer() - start, 1e-9)
+
     def take(self, evict: Evictor | None) -> None:
         if evict is not None:
             evict()
-        start = default_timer()
-        self._call()
-        self.samples.cold.append(default_timer() - start)
+        self.samples.cold.append(self._timed())
         if self._sustain:
             count = range(self.samples.calls)
             start = default_timer()

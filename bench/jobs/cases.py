@@ -285,7 +285,7 @@ def make_step(case: Case, device: torch.device) -> Step:
 
 
 def step_cases(size: Size) -> list[Case]:
-    bfloat16 = torch.bfloat16
+    dtype = torch.bfloat16 if size == "device" else torch.float32
     sizes = {
         "device": [(QWEN_7B, 8192), (LLAMA_8B, 8192), (QWEN_7B, 2048)],
         "host": [(SMOLLM2, 128)],
@@ -293,12 +293,12 @@ def step_cases(size: Size) -> list[Case]:
     }
     found = []
     for model, rows in sizes[size]:
-        of_head = (rows + model.vocab) * model.hidden * bfloat16.itemsize
+        of_head = (rows + model.vocab) * model.hidden * dtype.itemsize
         found.append(
             Case(
                 f"{model.name} head, {rows} tokens",
                 {"rows": rows, "hidden": model.hidden, "vocab": model.vocab},
-                bfloat16,
+                dtype,
                 bytes=3 * of_head,
                 flops=8 * rows * model.hidden * model.vocab,
                 memory=2 * of_head,
