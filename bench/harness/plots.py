@@ -1,9 +1,11 @@
-"""Plots from the JSON: a roofline, times along each axis, speed-ups; PNG and SVG."""
+"""Plots from the JSON, one a kernel: roofline, times along each axis, speed-ups; PNG and SVG."""
 
 from __future__ import annotations
 
+import functools
+import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ RESULTS, FOLDER = ROOT / "bench" / "results", ROOT / "bench" / "plots"
 FORMATS = ("png", "svg")
 OUR_COLOUR = "#c0392b"
 # The same bytes for the same figures.
-STYLE = {"svg.hashsalt": "powerkernels", "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
+STYLE = {"svg.hashsalt": "powerkernels", "axes.grid": True, "grid.alpha": 0.3, "font.size": 8}
+PANEL_WIDTH, PANEL_HEIGHT = 4.6, 4.0  # inches
 METADATA = {"svg": {"Date": None}, "png": {"Software": None}}
 
 
@@ -35,7 +38,7 @@ def is_suite(path: Path) -> bool:
 
 
 def draw(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """All plots of all files, as FILE-KIND-…; returns what was written.
+    """All plots of all files, as FILE-KERNEL; returns what was written.
 
     Raises:
         ValueError: there is no file, or one is not of this suite and schema.
@@ -57,18 +60,30 @@ def draw(paths: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def figures(data: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
-    rows = list(results.rows_of(data))
+    """One a kernel: its roofline, its time along each axis, its speed-ups, side by side."""
+    rows = best_mode(list(results.rows_of(data)))
     environment = data[results.KEY]["environment"]
-    where = f"{environment['device']}, {environment['threads']} threads"
     for kernel in dict.fromkeys(row.kernel for row in rows):
-        own = [row for row in best_mode(rows) if row.kernel == kernel]
+        own = [row for row in rows if row.kernel == kernel]
+        panels: list[Callable[[Axes], None]] = []
         if any(row.info["floor_bytes"] for row in own):
-            yield f"roofline-{kernel}", roofline(kernel, own, data[results.KEY], where)
+            panels.append(functools.partial(roofline, own, data[results.KEY]["ceilings"]))
         for axis in dict.fromkeys(axis for row in own for axis in row.info["sweep"]):
             points = [row for row in own if axis in row.info["sweep"]]
             if len({row.info["shape"][axis] for row in points}) > 1:
-                yield f"{axis}-{kernel}", sweep(kernel, axis, points, where)
-        yield f"speed-up-{kernel}", speed_up(kernel, own, where)
+                panels.append(functools.partial(sweep, axis, points))
+        panels.append(functools.partial(speed_up, own))
+        figure, axes = plt.subplots(
+            1,
+            len(panels),
+            figsize=(PANEL_WIDTH * len(panels), PANEL_HEIGHT),
+            layout="constrained",
+            squeeze=False,
+        )
+        figure.suptitle(f"{kernel} on {environment['device']}, {environment['threads']} threads")
+        for panel, place in zip(panels, axes[0], strict=True):
+            panel(place)
+        yield kernel, figure
 
 
 def best_mode(rows: Sequence[Row]) -> list[Row]:
@@ -81,75 +96,72 @@ def best_mode(rows: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def roofline(kernel: str, rows: Sequence[Row], suite: dict[str, Any], where: str) -> Figure:
-    """Operations of matrix products a byte of the floor, or bytes alone where there are none."""
-    figure, axes = _axes(f"{kernel}: roofline\n{where}")
-    ceilings = suite["ceilings"]
+def roofline(rows: Sequence[Row], ceilings: dict[str, float], axes: Axes) -> None:
+    """Rate against operations of matrix products a byte of the floor; bytes where there are none."""
     bandwidth = max(value for name, value in ceilings.items() if name.endswith("GB/s"))
-    compute = [(name, value) for name, value in ceilings.items() if name.endswith("TFLOP/s")]
     with_flops = [row for row in rows if row.info["floor_flops"]]
+    axes.set(xscale="log", yscale="log", title="roofline of this run")
     if not with_flops:
-        _bandwidth_roof(axes, rows, bandwidth)
-        return figure
+        axes.axhline(bandwidth, color="black", linewidth=1, label="memory")
+        for row in rows:
+            rate = row.info["gigabytes_per_second"]
+            axes.plot(row.info["floor_bytes"] / 1e6, rate, **_marker(row))
+        axes.set(xlabel="MB of the floor", ylabel="GB/s of the floor")
+        _legend(axes)
+        return
+    dtypes = {row.info["dtype"] for row in with_flops}
+    roofs = {
+        name.split(",")[0]: value
+        for name, value in ceilings.items()
+        if name.endswith("TFLOP/s") and name.split(",")[0].removeprefix("matmul ") in dtypes
+    }
     intensities = [row.info["floor_flops"] / row.info["floor_bytes"] for row in with_flops]
-    low, high = min(intensities) / 4, max(intensities) * 4
-    grid = [low * (high / low) ** (i / 50) for i in range(51)]
-    for name, value in compute:
-        axes.plot(grid, [min(value, bandwidth * x / 1e3) for x in grid], label=name.split(",")[0])
+    ridges = [1e3 * value / bandwidth for value in roofs.values()]
+    low, high = min(intensities + ridges) / 4, max(intensities + ridges) * 4
+    grid = [low * (high / low) ** (i / 100) for i in range(101)]
+    for name, value in roofs.items():
+        axes.plot(grid, [min(value, bandwidth * x / 1e3) for x in grid], label=name, linewidth=1)
     for row, intensity in zip(with_flops, intensities, strict=True):
         axes.plot(intensity, row.info["teraflops"], **_marker(row))
-    axes.set(
-        xscale="log", yscale="log", xlabel="FLOP a byte of the floor", ylabel="TFLOP/s"
-    )
-    _legend(axes)
-    return figure
-
-
-def _bandwidth_roof(axes: Axes, rows: Sequence[Row], bandwidth: float) -> None:
-    axes.axhline(bandwidth, color="black", linewidth=1, label="memory, this run")
-    for row in rows:
-        axes.plot(row.info["floor_bytes"] / 1e6, row.info["gigabytes_per_second"], **_marker(row))
-    axes.set(xscale="log", yscale="log", xlabel="MB of the floor", ylabel="GB/s of the floor")
+    axes.set(xlabel="FLOP a byte of the floor", ylabel="TFLOP/s")
     _legend(axes)
 
 
-def sweep(kernel: str, axis: str, rows: Sequence[Row], where: str) -> Figure:
-    figure, axes = _axes(f"{kernel}: time against {axis}\n{where}")
+def sweep(axis: str, rows: Sequence[Row], axes: Axes) -> None:
     for name, of_variant in _by_variant(rows).items():
         ordered = sorted(of_variant, key=lambda row: row.info["shape"][axis])
         points = [row.info["shape"][axis] for row in ordered]
         times = [row.info["median_ms"] for row in ordered]
         low = [row.info["median_ms"] - row.info["p20_ms"] for row in ordered]
         high = [row.info["p80_ms"] - row.info["median_ms"] for row in ordered]
-        axes.errorbar(points, times, [low, high], marker="o", capsize=2, label=name)
-    axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms (median, p20 to p80)")
-    axes.legend(fontsize=7)
-    return figure
+        marker = _marker(ordered[0]) | {"linestyle": "-", "markersize": 4}
+        axes.errorbar(points, times, [low, high], capsize=2, **marker)
+    ticks = sorted({row.info["shape"][axis] for row in rows})
+    axes.set(xscale="log", yscale="log", xlabel=axis, title=f"time against {axis}")
+    axes.set(ylabel="ms, median, p20 to p80")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    _legend(axes)
 
 
-def speed_up(kernel: str, rows: Sequence[Row], where: str) -> Figure:
-    """How many times ours is as fast as each variant of the largest case."""
+def speed_up(rows: Sequence[Row], axes: Axes) -> None:
+    """Each variant's time by ours, in the case that has most variants."""
     cases: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         cases[row.case].append(row)
     case = max(cases, key=lambda name: len(cases[name]))
     own = next((row for row in cases[case] if row.info["ours"]), None)
     others = [row for row in cases[case] if row is not own]
-    figure, axes = _axes(f"{kernel}, {case}: time of each by ours\n{where}")
-    if own is not None:
+    if own is not None and others:
         factors = [row.median / own.median for row in others]
-        bars = axes.barh([row.variant for row in others], factors, color="#2980b9")
+        bars = axes.barh(
+            [row.variant for row in others], factors, color=[_colour(row.variant) for row in others]
+        )
         axes.bar_label(bars, [f"{factor:.2g} x" for factor in factors], padding=3, fontsize=8)
         axes.axvline(1.0, color=OUR_COLOUR, linewidth=1)
+    axes.set_title(f"time by ours: {case}")
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    return figure
-
-
-def _axes(title: str) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    axes.set_title(title, fontsize=9)
-    return figure, axes
 
 
 def _by_variant(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -162,17 +174,24 @@ def _by_variant(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def _marker(row: Row) -> dict[str, Any]:
     ours = row.info["ours"]
     name = "ceiling" if row.info["is_ceiling"] else row.variant
-    return {"marker": "*" if ours else "o", "markersize": 10 if ours else 5, "label": name,
-            "linestyle": "none", "color": _colour(name)}
+    return {
+        "marker": "*" if ours else "o",
+        "markersize": 10 if ours else 5,
+        "label": name,
+        "linestyle": "none",
+        "color": _colour(name),
+    }
 
 
 def _colour(name: str) -> str:
     """One a name, whatever else is in the plot."""
-    return f"C{sum(name.encode()) % 10}"
+    if name == "powerkernels":
+        return OUR_COLOUR
+    return "black" if name.startswith("ceiling") else f"C{zlib.crc32(name.encode()) % 10}"
 
 
 def _legend(axes: Axes) -> None:
     """Each name once."""
     handles, names = axes.get_legend_handles_labels()
     once = dict(zip(names, handles, strict=True))
-    axes.legend(once.values(), once.keys(), fontsize=7)
+    axes.legend(once.values(), once.keys(), fontsize=6)
