@@ -159,7 +159,7 @@ def speed_up(rows: Sequence[Row], axes: Axes) -> None:
         )
         axes.bar_label(bars, [f"{factor:.2g} x" for factor in factors], padding=3, fontsize=8)
         axes.axvline(1.0, color=OUR_COLOUR, linewidth=1)
-    axes.set_title(f"time by ours: {case}")
+    axes.set_title(f"time by ours:\n{case}")
     axes.invert_yaxis()
     axes.margins(x=0.15)
 
