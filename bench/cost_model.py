@@ -24,7 +24,7 @@ DEFAULT_GPUS = (1, 8, 64, 1024, 10000)
 
 @dataclass(frozen=True)
 class Machine:
-    """One GPU and what joins them; the first two as measured on an H200 (see DESIGN 5's source)."""
+    """One GPU and what joins them; the first two as measured on an H200."""
 
     copy_bandwidth: float = 4.3e12  # bytes a second
     matmul: float = 790e12  # FLOP a second, bfloat16
@@ -33,20 +33,37 @@ class Machine:
     link_latency: float = 10e-6
 
 
+class Collectives(NamedTuple):
+    """What a rank hands over: `reduced` is added up over the ranks, `gathered` comes from each."""
+
+    reduced: int = 0  # bytes
+    gathered: int = 0  # bytes
+    calls: int = 0
+
+    def received(self, ranks: int) -> int:
+        """Bytes that a rank has afterwards."""
+        return self.reduced + ranks * self.gathered
+
+    def seconds(self, machine: Machine, ranks: int) -> float:
+        """A ring sends reduced bytes twice and gathered ones on; a call waits for a tree."""
+        if ranks == 1:
+            return 0.0
+        sent = 2 * self.reduced * (ranks - 1) / ranks + self.gathered * (ranks - 1)
+        latency = self.calls * math.ceil(math.log2(ranks)) * machine.link_latency
+        return sent / machine.link_bandwidth + latency
+
+
 class Cost(NamedTuple):
     """Of one GPU."""
 
-    bytes: float = 0.0
-    flops: float = 0.0
-    collective_bytes: float = 0.0  # that a rank hands to collectives
-    collectives: int = 0
+    bytes: float
+    flops: float
+    collectives: Collectives
 
-    def seconds(self, machine: Machine, gpus: int) -> float:
+    def seconds(self, machine: Machine, ranks: int) -> float:
         """Memory and matrix units overlap at best; collectives do not."""
-        steps = self.collectives * math.ceil(math.log2(gpus)) if gpus > 1 else 0
-        sent = 2 * self.collective_bytes * (gpus - 1) / gpus / machine.link_bandwidth
         work = max(self.bytes / machine.copy_bandwidth, self.flops / machine.matmul)
-        return work + (sent if gpus > 1 else 0.0) + steps * machine.link_latency
+        return work + self.collectives.seconds(machine, ranks)
 
 
 # ---- scores
@@ -78,16 +95,15 @@ def histogram_bytes() -> int:
     return (covariance.NUM_BINS + 1) * INT64
 
 
-def selection_collectives(ranks: int) -> tuple[int, int]:
-    """Bytes that a rank hands to collectives in one exact selection, and how many there are.
+def selection_collectives(ranks: int) -> Collectives:
+    """Of one exact selection: the moments, a histogram a digit, the ties.
 
-    The moments and the ties are gathered, a histogram a digit is added up: whatever the number of
-    tokens.
+    What a rank hands over does not depend on the number of tokens or ranks.
     """
     if ranks == 1:
-        return 0, 0
+        return Collectives()
     digits = len(covariance.DIGITS)
-    return moments_bytes() + digits * histogram_bytes() + INT64, digits + 2
+    return Collectives(digits * histogram_bytes(), moments_bytes() + INT64, digits + 2)
 
 
 def loss_bytes(tokens: int) -> int:
@@ -106,15 +122,13 @@ def trainer_step(tokens: int, model: Model, gpus: int, itemsize: int = 2) -> Cos
 
     tokens: of each GPU. The gradients of the model's own layers are not counted.
     """
-    sent, count = selection_collectives(gpus)
     head = (tokens + model.vocab) * model.hidden * itemsize
     # A chunk's logits are written and read forward; backward twice written and twice read.
     chunks = 6 * tokens * model.vocab * itemsize
     return Cost(
         bytes=4 * head + chunks + loss_bytes(tokens),
         flops=linear_flops(tokens, model.hidden, model.vocab, backward=True),
-        collective_bytes=sent,
-        collectives=count,
+        collectives=selection_collectives(gpus),
     )
 
 
@@ -180,20 +194,21 @@ LAYERS = 28
 
 def losses_table(gpus: Sequence[int], machine: Machine) -> str:
     lines = [
-        "| GPUs | tokens in all | head of | TFLOP a GPU | GB a GPU | sent by a rank, KB | "
-        "collectives | step, ms (predicted) | of it collectives |",
-        "| --- " * 9 + "|",
+        "| GPUs | tokens in all | head of | TFLOP a GPU | GB a GPU | handed over by a rank, KB | "
+        "received, KB | collectives | step, ms (predicted) | of it collectives |",
+        "| --- " * 10 + "|",
     ]
     for model in (QWEN_7B, LLAMA_8B):
         for number in gpus:
             cost = trainer_step(TOKENS_PER_GPU, model, number)
+            sent = cost.collectives
             seconds = cost.seconds(machine, number)
-            alone = cost._replace(collective_bytes=0, collectives=0).seconds(machine, number)
             lines.append(
                 f"| {number} | {number * TOKENS_PER_GPU} | {model.name} | "
                 f"{cost.flops / 1e12:.1f} | {cost.bytes / 1e9:.1f} | "
-                f"{cost.collective_bytes / 1e3:.1f} | {cost.collectives} | {1e3 * seconds:.1f} | "
-                f"{1 - alone / seconds:.2%} |"
+                f"{(sent.reduced + sent.gathered) / 1e3:.1f} | "
+                f"{sent.received(number) / 1e3:.1f} | {sent.calls} | {1e3 * seconds:.1f} | "
+                f"{sent.seconds(machine, number) / seconds:.2%} |"
             )
     return "\n".join(lines)
 

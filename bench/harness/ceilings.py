@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 
 from bench.harness import timing
-from bench.harness.cases import Call
+from bench.harness.cases import Call, Size
 
 # Bytes of the roofline's copy and read, N of its N x N x N product.
-BYTES = {"cuda": 2**31, "cpu": 2**28}
-MATMUL = {"cuda": 8192, "cpu": 1024}
+BYTES: dict[Size, int] = {"device": 2**31, "host": 2**28, "quick": 2**26}
+MATMUL: dict[Size, int] = {"device": 8192, "host": 512, "quick": 128}
+SECONDS: dict[Size, float] = {"device": 2.0, "host": 4.0, "quick": 0.1}
 DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -32,18 +33,17 @@ def read_of(num_bytes: int, device: torch.device) -> Call:
     return lambda: source.sum()
 
 
-def measure(device: torch.device, seconds: float) -> dict[str, float]:
+def measure(device: torch.device, size: Size) -> dict[str, float]:
     """GB/s of copy and read, TFLOP/s of a product in each dtype."""
-    size = BYTES[device.type]
-    calls = {"copy": copy_of(size, device), "read": read_of(size, device)}
-    n = MATMUL[device.type]
+    num_bytes, n = BYTES[size], MATMUL[size]
+    calls = {"copy": copy_of(num_bytes, device), "read": read_of(num_bytes, device)}
     for dtype in DTYPES:
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         calls[f"matmul {str(dtype).removeprefix('torch.')}"] = lambda a=a, b=b: a @ b
     samples = timing.interleaved(
         {name: [call] for name, call in calls.items()},
         device,
-        timing.Plan(seconds=seconds, evict=False),
+        timing.Plan(SECONDS[size], evict=False),
     )
     found = {}
     for name, taken in samples.items():
@@ -51,5 +51,5 @@ def measure(device: torch.device, seconds: float) -> dict[str, float]:
         if name.startswith("matmul"):
             found[f"{name}, TFLOP/s"] = 2 * n**3 / median / 1e12
         else:
-            found[f"{name}, GB/s"] = size / median / 1e9
+            found[f"{name}, GB/s"] = num_bytes / median / 1e9
     return found

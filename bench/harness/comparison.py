@@ -56,7 +56,9 @@ class Comparison:
         return [change for change in self.changes if change.ours and change.verdict == "slower"]
 
 
-def compare(before: dict[str, Any], after: dict[str, Any], *, min_effect: float = 0.1) -> Comparison:
+def compare(
+    before: dict[str, Any], after: dict[str, Any], *, min_effect: float = 0.1
+) -> Comparison:
     """B against A, row by row.
 
     Raises:

@@ -61,7 +61,9 @@ def _import_error(name: str) -> str | None:
                 warnings.simplefilter("ignore")  # of what it imports
                 importlib.import_module(module)
         except Exception as error:  # a peer for another torch, Python or CUDA
-            return f"{module} does not import: {str(error).splitlines()[0] if str(error) else error!r}"
+            return (
+                f"{module} does not import: {str(error).splitlines()[0] if str(error) else error!r}"
+            )
     return None
 
 

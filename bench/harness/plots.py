@@ -97,7 +97,7 @@ def best_mode(rows: Sequence[Row]) -> list[Row]:
 
 
 def roofline(rows: Sequence[Row], ceilings: dict[str, float], axes: Axes) -> None:
-    """Rate against operations of matrix products a byte of the floor; bytes where there are none."""
+    """Rate against FLOP of matrix products a byte of the floor; bytes where there are none."""
     bandwidth = max(value for name, value in ceilings.items() if name.endswith("GB/s"))
     with_flops = [row for row in rows if row.info["floor_flops"]]
     axes.set(xscale="log", yscale="log", title="roofline of this run")
@@ -128,7 +128,7 @@ def roofline(rows: Sequence[Row], ceilings: dict[str, float], axes: Axes) -> Non
 
 
 def sweep(axis: str, rows: Sequence[Row], axes: Axes) -> None:
-    for name, of_variant in _by_variant(rows).items():
+    for of_variant in _by_variant(rows).values():
         ordered = sorted(of_variant, key=lambda row: row.info["shape"][axis])
         points = [row.info["shape"][axis] for row in ordered]
         times = [row.info["median_ms"] for row in ordered]

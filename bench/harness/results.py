@@ -193,6 +193,4 @@ def read_json(path: Path) -> Any:
 def rows_of(data: dict[str, Any]) -> Iterator[Row]:
     for entry in data["benchmarks"]:
         info = entry["extra_info"]
-        yield Row(
-            info["kernel"], info["case"], info["variant"], info["mode"], info, entry["stats"]
-        )
+        yield Row(info["kernel"], info["case"], info["variant"], info["mode"], info, entry["stats"])

@@ -21,7 +21,6 @@ from bench.memory import peak_bytes
 # Of the memory that is free, what a case may take.
 MEMORY_SHARE = 0.8
 CASE_SECONDS: dict[Size, float] = {"device": 3.0, "host": 4.0, "quick": 0.2}
-CEILING_SECONDS: dict[Size, float] = {"device": 2.0, "host": 4.0, "quick": 0.3}
 # `compare` cannot tell fewer than 8 samples apart in a table of a hundred rows.
 MIN_ROUNDS: dict[Size, int] = {"device": 9, "host": 8, "quick": 3}
 JOB_ROUNDS: dict[Size, int] = {"device": 3, "host": 3, "quick": 1}
@@ -47,9 +46,7 @@ def run(
     """Measures what is not in the document yet, and writes it after every case."""
     if not document.suite["ceilings"]:
         say("ceilings of this machine")
-        document.suite["ceilings"] = ceilings.measure(
-            settings.device, CEILING_SECONDS[settings.size]
-        )
+        document.suite["ceilings"] = ceilings.measure(settings.device, settings.size)
         document.write()
     for kernel in kernels:
         for case in kernel.cases(settings.size):
@@ -101,16 +98,7 @@ class _Measurement:
         calls: dict[str, list[Call]] = {}
         for name, variant in variants.items():
             with self._guarded(name):
-                bound = [variant.bind(each) for each in sets]
-                results: list[Outputs] = []
-                if not self._kernel.whole_job:
-                    results.append(expectation.part_of(bound[0]()))
-                    _collect(device)
-                # The first call allocates and compiles what stays; only a job has no second one.
-                self._peaks[name] = peak_bytes(lambda b=bound: results.append(b[0]()), device.type)
-                self._errors[name] = expectation.check(results[0])
-                del results
-                calls[name] = bound
+                calls[name] = self._right(variant, sets, expectation)
         if not calls:
             return []
         ceiling = self._ceiling(sets)
@@ -121,6 +109,20 @@ class _Measurement:
         del calls, sets, inputs, expectation
         _collect(device)
         return made
+
+    def _right(self, variant: Variant, sets: list[Any], expectation: _Expectation) -> list[Call]:
+        """Calls of the variant on all sets, once its result is found right and its memory known."""
+        device, results = self._settings.device, []
+        calls = [variant.bind(inputs) for inputs in sets]
+        if not self._kernel.whole_job:
+            # The first call allocates and compiles what stays; only a job has no second one.
+            results.append(expectation.part_of(calls[0]()))
+            _collect(device)
+        peak = peak_bytes(lambda: results.append(calls[0]()), device.type)
+        found = expectation.part_of(results[0]) if self._kernel.whole_job else results[0]
+        self._errors[variant.name] = expectation.check(found)
+        self._peaks[variant.name] = peak
+        return calls
 
     def _sets(self, inputs: Any) -> list[Any]:
         if not self._kernel.rotates or self._kernel.whole_job:
@@ -165,8 +167,10 @@ class _Measurement:
             "not enough memory" in str(error)
         )
         lines = str(error).splitlines() or [""]
-        reason = lines[0] if isinstance(error, accuracy.WrongResultError) else (
-            f"{type(error).__name__}: {lines[0]}"
+        reason = (
+            lines[0]
+            if isinstance(error, accuracy.WrongResultError)
+            else (f"{type(error).__name__}: {lines[0]}")
         )
         if out_of_memory:
             self._skip(name, f"out of memory: {lines[0]}")

@@ -13,6 +13,7 @@ import contextlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from pytest_benchmark.timers import default_timer
 from bench.harness.cases import Call
 
 # A CPU's last cache where the system does not say; twice an H200's L2.
+CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 CPU_CACHE_BYTES = 2**25
 GPU_CACHE_BYTES = 2**26
 # A sustained sample lasts so long at least; one call that does alone is sampled cold only.
@@ -233,8 +235,7 @@ def cache_bytes(device: torch.device) -> int:
             GPU_CACHE_BYTES
         )
     with contextlib.suppress(OSError, ValueError):
-        with open("/sys/devices/system/cpu/cpu0/cache/index3/size") as file:
-            return int(file.read().strip().removesuffix("K")) * 1024
+        return int(CPU_CACHE.read_text().strip().removesuffix("K")) * 1024
     return CPU_CACHE_BYTES
 
 

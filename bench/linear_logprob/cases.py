@@ -227,7 +227,7 @@ def gradients(function: Scores, kind: str) -> Callable[[Inputs], Call]:
 
         def call() -> Outputs:
             total = sum(score.sum() for score in function(*leaves, x.targets))
-            found = torch.autograd.grad(total, leaves)  # type: ignore[arg-type]
+            found = torch.autograd.grad(total, leaves)
             return dict(zip(names_of(kind), found, strict=True))
 
         return call
@@ -251,7 +251,7 @@ def exact_gradients(
         logits = (hidden @ weight.T).requires_grad_()
         scores = exact_scores_of_logits(logits, x.targets[rows])
         total = sum((s * w).sum() for s, w in zip(scores, weights_of(rows), strict=True))
-        (dlogits,) = torch.autograd.grad(total, logits)  # type: ignore[arg-type]
+        (dlogits,) = torch.autograd.grad(total, logits)
         dweight += dlogits[:, :CHECKED].T @ hidden
         if start == 0:
             dhidden = dlogits[:CHECKED] @ weight
@@ -273,7 +273,7 @@ def torch_sums(x: Inputs, found: Outputs) -> Outputs:
     result = {}
     for kind, names in NAMES.items():
         total = sum(scores[SCORES.index(name)].sum() for name in names)
-        pair = torch.autograd.grad(total, leaves, retain_graph=True)  # type: ignore[arg-type]
+        pair = torch.autograd.grad(total, leaves, retain_graph=True)
         result |= picked(dict(zip(names_of(kind), pair, strict=True)))
     return result
 

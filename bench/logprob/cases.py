@@ -172,7 +172,7 @@ NAMES = {ALL: SCORES, LOG_PROB: SCORES[:1], NO_LOG_Z: SCORES[::2]}
 
 def forward(function: Callable[[], Scores] | Scores, kind: str) -> Callable[[Inputs], Call]:
     def bind(x: Inputs) -> Call:
-        return lambda: dict(zip(NAMES[kind], function(x.logits, x.targets), strict=True))  # type: ignore[arg-type,call-arg]
+        return lambda: dict(zip(NAMES[kind], function(x.logits, x.targets), strict=True))
 
     return bind
 
@@ -238,7 +238,7 @@ def gradient_name(kind: str) -> str:
 
 def weighted(scores: tuple[Tensor, ...], weights: Tensor, kind: str) -> Tensor:
     chosen = [weights[SCORES.index(name)] for name in NAMES[kind]]
-    return sum((s * w).sum() for s, w in zip(scores, chosen, strict=True))  # type: ignore[return-value]
+    return sum((s * w).sum() for s, w in zip(scores, chosen, strict=True))
 
 
 def gradient(function: Scores, kind: str) -> Callable[[Inputs], Call]:
@@ -274,9 +274,7 @@ def in_place(x: Inputs) -> Call:
 
     def call() -> Outputs:
         leaf = logits.detach().requires_grad_()
-        scores = score_tokens(
-            leaf, x.targets, alpha=ALPHA, entropy=True, inplace_backward=True
-        )
+        scores = score_tokens(leaf, x.targets, alpha=ALPHA, entropy=True, inplace_backward=True)
         (found,) = torch.autograd.grad(weighted(scores, x.weights, ALL), leaf)
         return {gradient_name(ALL): found}
 
@@ -307,7 +305,9 @@ SCORE_TOKENS_FWD_BWD = Kernel(
     name="score_tokens_fwd_bwd",
     part="logprob",
     summary="the same and the gradient of all its scores; two reads and a write are the floor",
-    cases=lambda size: [case for case in cases(size, reads=2, writes=1) if "vocab" not in case.sweep or case.main],
+    cases=lambda size: [
+        case for case in cases(size, reads=2, writes=1) if "vocab" not in case.sweep or case.main
+    ],
     inputs=make,
     few=few,
     picked=picked,
