@@ -23,7 +23,7 @@ MEMORY_SHARE = 0.8
 CASE_SECONDS: dict[Size, float] = {"device": 3.0, "host": 4.0, "quick": 0.2}
 # `compare` cannot tell fewer than 8 samples apart in a table of a hundred rows.
 MIN_ROUNDS: dict[Size, int] = {"device": 9, "host": 8, "quick": 3}
-JOB_ROUNDS: dict[Size, int] = {"device": 3, "host": 3, "quick": 1}
+JOB_ROUNDS: dict[Size, int] = {"device": 2, "host": 3, "quick": 1}
 CEILING = "ceiling"
 
 

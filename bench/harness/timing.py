@@ -4,12 +4,14 @@ One sample of each variant is taken in every round, in an order that rotates, so
 machine does falls on all of them. "cold": one call after the caches were filled with something
 else. "sustained": calls back to back over copies of the inputs that are together larger than the
 last cache; the time of one. On a GPU both are CUDA graphs between two events (one call, or many),
-or plain calls where a variant cannot be captured. On a CPU the timer is pytest-benchmark's.
+or plain calls where a variant cannot be captured; that part has not yet run on a GPU. On a CPU the
+timer is pytest-benchmark's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +70,8 @@ def interleaved(
     """
     clock: Any = JobClock if plan.whole_job else HostClock
     if device.type == "cuda" and not plan.whole_job:
-        clock = DeviceClock
+        # One pool for all graphs: they run one after the other, and nobody needs their results.
+        clock = functools.partial(DeviceClock, pool=torch.cuda.graph_pool_handle())
     clocks, seconds = {}, {}
     for name, of_variant in calls.items():
         with _reported(name, on_error):
@@ -166,8 +169,8 @@ class JobClock:
 class DeviceClock:
     """Time between two events on a GPU, of CUDA graphs where the calls can be captured."""
 
-    def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
-        self._calls, self._device = calls, device
+    def __init__(self, calls: Sequence[Call], device: torch.device, *, pool: Any) -> None:
+        self._calls, self._device, self._pool = calls, device, pool
         self.samples = Samples(graph=True)
         with torch.cuda.device(device):
             self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -192,7 +195,7 @@ class DeviceClock:
         try:
             for work in (self._calls[-1], self._many):
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, pool=self._pool):
                     work()
                 graphs.append(graph)
         except Exception as error:  # it waits for the host, or allocates behind torch's back

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cost_model
 from bench.jobs import cases as jobs
@@ -58,13 +58,17 @@ def test_bytes_of_score_tokens(dtype: torch.dtype, entropy: bool) -> None:
     )
 
 
+def added_product(total: Any, a: Any, b: Any, *, out_shape: Any = None, **factors: Any) -> int:
+    return 2 * math.prod(a) * b[1]
+
+
 def test_flops_of_linear_score_tokens() -> None:
     rows, hidden_size, vocab = 6, 32, 1000
     hidden, weight = torch.randn(rows, hidden_size), torch.randn(vocab, hidden_size)
     targets = torch.arange(rows)
     options = ScoreOptions(2.0, 1.0, None, True, None)
     # The product that adds to the gradient of the hidden states is not in torch's own table.
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop})
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product})
     # Inside of the operators, which the counter does not know.
     with counter:
         scores = linear._forward(hidden, weight, None, targets, -100, options, "", "chunked")
