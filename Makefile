@@ -18,10 +18,10 @@ VERL := verl==0.9.1
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.hpp %.cu %.cuh,$(CSRC))
-PYTHON_SOURCES := $(shell find powerkernels python_tests -name '*.py' 2>/dev/null)
+PYTHON_SOURCES := $(shell find powerkernels python_tests bench -name '*.py' 2>/dev/null)
 PYTHON_FILES := powerkernels python_tests bench examples docs setup.py
 
-GPU_PARTS := covariance decode_attention lane_moves linear_logprob logprob policy_loss power_sampling
+GPU_PARTS := bench covariance decode_attention lane_moves linear_logprob logprob policy_loss power_sampling
 SANITIZER ?= compute-sanitizer
 SANITIZER_TOOLS ?= memcheck
 SANITIZED := power_sampling lane_moves decode_attention

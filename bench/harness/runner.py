@@ -20,10 +20,10 @@ from bench.memory import peak_bytes
 
 # Of the memory that is free, what a case may take.
 MEMORY_SHARE = 0.8
-CASE_SECONDS: dict[Size, float] = {"device": 3.0, "host": 4.0, "quick": 0.2}
+CASE_SECONDS: dict[Size, float] = {"device": 3.0, "host": 3.0, "quick": 0.2}
 # `compare` cannot tell fewer than 8 samples apart in a table of a hundred rows.
 MIN_ROUNDS: dict[Size, int] = {"device": 9, "host": 8, "quick": 3}
-JOB_ROUNDS: dict[Size, int] = {"device": 2, "host": 3, "quick": 1}
+JOB_ROUNDS: dict[Size, int] = {"device": 2, "host": 2, "quick": 1}
 CEILING = "ceiling"
 
 
@@ -203,7 +203,8 @@ class _Measurement:
             return timing.Plan(
                 0.0, min_rounds=rounds, max_rounds=rounds, evict=False, whole_job=True
             )
-        return timing.Plan(CASE_SECONDS[size], min_rounds=MIN_ROUNDS[size])
+        peers_of = frozenset(v.name for v in self._kernel.variants if not v.ours)
+        return timing.Plan(CASE_SECONDS[size], min_rounds=MIN_ROUNDS[size], peers=peers_of)
 
     def _as_rows(
         self,

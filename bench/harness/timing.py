@@ -32,6 +32,7 @@ SUSTAINED_SECONDS = {"cpu": 2e-3, "cuda": 5e-4}
 LONG_SECONDS = 0.1
 MAX_CALLS = 200
 WARMUP_CALLS = 2
+PEER_ROUNDS = 5  # of slow ones, a median and its spread; ours are compared between runs
 MAX_SETS = 32
 
 
@@ -43,6 +44,7 @@ class Plan:
     min_rounds: int = 5
     max_rounds: int = 40
     evict: bool = True
+    peers: frozenset[str] = frozenset()  # that may do with PEER_ROUNDS
     whole_job: bool = False  # calls of seconds, that have run before: no warm-up, by the wall clock
 
 
@@ -111,7 +113,13 @@ def _rounds(seconds: Mapping[str, float], plan: Plan) -> dict[str, int]:
     """An equal share of the time each; what the fast ones leave is not used up by the slow ones."""
     share = plan.seconds / max(1, len(seconds))
     wanted = {name: int(share / max(each, 1e-9)) for name, each in seconds.items()}
-    return {name: min(plan.max_rounds, max(plan.min_rounds, n)) for name, n in wanted.items()}
+    return {
+        name: min(
+            plan.max_rounds,
+            max(min(plan.min_rounds, PEER_ROUNDS) if name in plan.peers else plan.min_rounds, n),
+        )
+        for name, n in wanted.items()
+    }
 
 
 class HostClock:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import suite
-from bench.harness import plots, report, results
+from bench.harness import plots, report, results, runner
 from bench.harness.cases import SIZES
 from powerkernels import cli
 
@@ -66,6 +66,18 @@ def test_quick_run_resume_compare_plot(capsys: pytest.CaptureFixture[str], tmp_p
     page = report.section(Path(out))
     assert data["suite"]["command"] in page
     assert "### sample_tokens" in page
+
+
+def test_an_interrupted_run_says_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", interrupt)
+    out = str(tmp_path / "a.json")
+    assert cli.main(["bench", "sample_tokens", *QUICK, "--out", out]) == 130
+    assert f"0 cases are measured and kept in {out}; --resume goes on" in capsys.readouterr().err
 
 
 def test_the_status_of_a_regression(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

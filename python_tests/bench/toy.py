@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ def failing(x: Tensor) -> Tensor:
     raise RuntimeError("this peer does not like its input")
 
 
-def kernel(variants: Sequence[Variant], sizes: Sequence[int] = (SIZE,), **settings: Any) -> Kernel:
+def kernel(variants: Sequence[Variant], sizes: Sequence[int] = (SIZE,)) -> Kernel:
     def cases(size: Size) -> list[Case]:
         return [
             Case(f"{n} numbers", {"n": n}, bytes=8 * n, memory=8 * n, sweep=("n",)) for n in sizes
@@ -65,8 +64,8 @@ def kernel(variants: Sequence[Variant], sizes: Sequence[int] = (SIZE,), **settin
         few=lambda x: x,
         expected=expected,
         ceiling="copy",
+        rotates=False,
         variants=variants,
-        **settings,
     )
 
 
