@@ -170,9 +170,19 @@ Scores = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 NAMES = {ALL: SCORES, LOG_PROB: SCORES[:1], NO_LOG_Z: SCORES[::2]}
 
 
-def forward(function: Callable[[], Scores] | Scores, kind: str) -> Callable[[Inputs], Call]:
+# Its backward leaves the gradient where the logits were, as early as in the forward.
+OVERWRITES = (liger_log_prob,)
+
+
+def logits_for(function: Scores, x: Inputs) -> Tensor:
+    """The logits, or a copy for a function that overwrites them."""
+    return x.logits.clone() if function in OVERWRITES else x.logits.detach()
+
+
+def forward(function: Scores, kind: str) -> Callable[[Inputs], Call]:
     def bind(x: Inputs) -> Call:
-        return lambda: dict(zip(NAMES[kind], function(x.logits, x.targets), strict=True))
+        logits = logits_for(function, x)
+        return lambda: dict(zip(NAMES[kind], function(logits, x.targets), strict=True))
 
     return bind
 
@@ -243,11 +253,12 @@ def weighted(scores: tuple[Tensor, ...], weights: Tensor, kind: str) -> Tensor:
 
 def gradient(function: Scores, kind: str) -> Callable[[Inputs], Call]:
     def bind(x: Inputs) -> Call:
-        logits = x.logits.detach().requires_grad_()
+        logits = logits_for(function, x)
 
         def call() -> Outputs:
-            total = weighted(function(logits, x.targets), x.weights, kind)
-            return {gradient_name(kind): torch.autograd.grad(total, logits)[0]}
+            leaf = logits.detach().requires_grad_()
+            total = weighted(function(leaf, x.targets), x.weights, kind)
+            return {gradient_name(kind): torch.autograd.grad(total, leaf)[0]}
 
         return call
 
