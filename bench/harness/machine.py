@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -89,7 +90,7 @@ def free_bytes(device: torch.device) -> int | None:
 def command_line() -> str:
     """What was typed, with the program by its name."""
     program = Path(sys.argv[0]).name
-    return " ".join([program, *sys.argv[1:]])
+    return shlex.join(["powerkernels" if program == "cli.py" else program, *sys.argv[1:]])
 
 
 def git(*arguments: str) -> str | None:
