@@ -156,10 +156,11 @@ class _Measurement:
         )
 
     def _skip(self, variant: str, reason: str) -> bool:
-        self._say(f"  {variant}: skipped, {reason}")
-        self._document.skip(
-            kernel=self._kernel.name, case=self._case.title, variant=variant, reason=reason
-        )
+        entry = {"kernel": self._kernel.name, "variant": variant, "reason": reason}
+        before = self._document.suite["skipped"]
+        if not any(entry.items() <= other.items() for other in before):
+            self._say(f"  {variant}: skipped, {reason}")
+        self._document.skip(case=self._case.title, **entry)
         return False
 
     def _failed(self, name: str, error: Exception) -> None:
