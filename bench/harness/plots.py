@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS, FOLDER = ROOT / "bench" / "results", ROOT / "bench" / "plots"
 FORMATS = ("png", "svg")
 OUR_COLOUR = "#c0392b"
+Colours = dict[str, Any]
+FIXED_COLOURS: Colours = {"powerkernels": OUR_COLOUR, "ceiling": "black"}
+LEGEND_COLUMNS = 5
 # The same bytes for the same figures.
 STYLE = {"svg.hashsalt": "powerkernels", "axes.grid": True, "grid.alpha": 0.3, "font.size": 8}
 PANEL_WIDTH, PANEL_HEIGHT = 4.6, 4.0  # inches
@@ -65,14 +67,15 @@ def figures(data: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
     environment = data[results.KEY]["environment"]
     for kernel in dict.fromkeys(row.kernel for row in rows):
         own = [row for row in rows if row.kernel == kernel]
+        colours = colours_of(own)
         panels: list[Callable[[Axes], None]] = []
         if any(row.info["floor_bytes"] for row in own):
-            panels.append(functools.partial(roofline, own, data[results.KEY]["ceilings"]))
+            panels.append(functools.partial(roofline, own, data[results.KEY]["ceilings"], colours))
         for axis in dict.fromkeys(axis for row in own for axis in row.info["sweep"]):
             points = [row for row in own if axis in row.info["sweep"]]
             if len({row.info["shape"][axis] for row in points}) > 1:
-                panels.append(functools.partial(sweep, axis, points))
-        panels.append(functools.partial(speed_up, own))
+                panels.append(functools.partial(sweep, axis, points, colours))
+        panels.append(functools.partial(speed_up, own, colours))
         figure, axes = plt.subplots(
             1,
             len(panels),
@@ -83,6 +86,7 @@ def figures(data: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
         figure.suptitle(f"{kernel} on {environment['device']}, {environment['threads']} threads")
         for panel, place in zip(panels, axes[0], strict=True):
             panel(place)
+        _legend(figure)
         yield kernel, figure
 
 
@@ -96,7 +100,7 @@ def best_mode(rows: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def roofline(rows: Sequence[Row], ceilings: dict[str, float], axes: Axes) -> None:
+def roofline(rows: Sequence[Row], ceilings: dict[str, float], colours: Colours, axes: Axes) -> None:
     """Rate against FLOP of matrix products a byte of the floor; bytes where there are none."""
     bandwidth = max(value for name, value in ceilings.items() if name.endswith("GB/s"))
     with_flops = [row for row in rows if row.info["floor_flops"]]
@@ -105,9 +109,8 @@ def roofline(rows: Sequence[Row], ceilings: dict[str, float], axes: Axes) -> Non
         axes.axhline(bandwidth, color="black", linewidth=1, label="memory")
         for row in rows:
             rate = row.info["gigabytes_per_second"]
-            axes.plot(row.info["floor_bytes"] / 1e6, rate, **_marker(row))
+            axes.plot(row.info["floor_bytes"] / 1e6, rate, **_marker(row, colours))
         axes.set(xlabel="MB of the floor", ylabel="GB/s of the floor")
-        _legend(axes)
         return
     dtypes = {row.info["dtype"] for row in with_flops}
     roofs = {
@@ -122,29 +125,27 @@ def roofline(rows: Sequence[Row], ceilings: dict[str, float], axes: Axes) -> Non
     for name, value in roofs.items():
         axes.plot(grid, [min(value, bandwidth * x / 1e3) for x in grid], label=name, linewidth=1)
     for row, intensity in zip(with_flops, intensities, strict=True):
-        axes.plot(intensity, row.info["teraflops"], **_marker(row))
+        axes.plot(intensity, row.info["teraflops"], **_marker(row, colours))
     axes.set(xlabel="FLOP a byte of the floor", ylabel="TFLOP/s")
-    _legend(axes)
 
 
-def sweep(axis: str, rows: Sequence[Row], axes: Axes) -> None:
+def sweep(axis: str, rows: Sequence[Row], colours: Colours, axes: Axes) -> None:
     for of_variant in _by_variant(rows).values():
         ordered = sorted(of_variant, key=lambda row: row.info["shape"][axis])
         points = [row.info["shape"][axis] for row in ordered]
         times = [row.info["median_ms"] for row in ordered]
         low = [row.info["median_ms"] - row.info["p20_ms"] for row in ordered]
         high = [row.info["p80_ms"] - row.info["median_ms"] for row in ordered]
-        marker = _marker(ordered[0]) | {"linestyle": "-", "markersize": 4}
+        marker = _marker(ordered[0], colours) | {"linestyle": "-", "markersize": 4}
         axes.errorbar(points, times, [low, high], capsize=2, **marker)
     ticks = sorted({row.info["shape"][axis] for row in rows})
     axes.set(xscale="log", yscale="log", xlabel=axis, title=f"time against {axis}")
     axes.set(ylabel="ms, median, p20 to p80")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    _legend(axes)
 
 
-def speed_up(rows: Sequence[Row], axes: Axes) -> None:
+def speed_up(rows: Sequence[Row], colours: Colours, axes: Axes) -> None:
     """Each variant's time by ours, in the case that has most variants."""
     cases: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -155,7 +156,9 @@ def speed_up(rows: Sequence[Row], axes: Axes) -> None:
     if own is not None and others:
         factors = [row.median / own.median for row in others]
         bars = axes.barh(
-            [row.variant for row in others], factors, color=[_colour(row.variant) for row in others]
+            [row.variant for row in others],
+            factors,
+            color=[colours[name_of(row)] for row in others],
         )
         axes.bar_label(bars, [f"{factor:.2g} x" for factor in factors], padding=3, fontsize=8)
         axes.axvline(1.0, color=OUR_COLOUR, linewidth=1)
@@ -164,34 +167,42 @@ def speed_up(rows: Sequence[Row], axes: Axes) -> None:
     axes.margins(x=0.15)
 
 
+def name_of(row: Row) -> str:
+    return "ceiling" if row.info["is_ceiling"] else row.variant
+
+
+def colours_of(rows: Sequence[Row]) -> Colours:
+    """One a variant, in all panels of a kernel."""
+    names = [name for name in dict.fromkeys(map(name_of, rows)) if name not in FIXED_COLOURS]
+    palette = mpl.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    return FIXED_COLOURS | {name: palette(number) for number, name in enumerate(names)}
+
+
 def _by_variant(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        found["ceiling" if row.info["is_ceiling"] else row.variant].append(row)
+        found[name_of(row)].append(row)
     return found
 
 
-def _marker(row: Row) -> dict[str, Any]:
+def _marker(row: Row, colours: Colours) -> dict[str, Any]:
     ours = row.info["ours"]
-    name = "ceiling" if row.info["is_ceiling"] else row.variant
     return {
         "marker": "*" if ours else "o",
         "markersize": 10 if ours else 5,
-        "label": name,
+        "label": name_of(row),
         "linestyle": "none",
-        "color": _colour(name),
+        "color": colours[name_of(row)],
     }
 
 
-def _colour(name: str) -> str:
-    """One a name, whatever else is in the plot."""
-    if name == "powerkernels":
-        return OUR_COLOUR
-    return "black" if name.startswith("ceiling") else f"C{zlib.crc32(name.encode()) % 10}"
-
-
-def _legend(axes: Axes) -> None:
-    """Each name once."""
-    handles, names = axes.get_legend_handles_labels()
-    once = dict(zip(names, handles, strict=True))
-    axes.legend(once.values(), once.keys(), fontsize=6)
+def _legend(figure: Figure) -> None:
+    """Each name of all panels once, beneath them."""
+    once: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            once.setdefault(name, handle)
+    if once:
+        figure.legend(
+            once.values(), once.keys(), fontsize=7, loc="outside lower center", ncols=LEGEND_COLUMNS
+        )

@@ -20,7 +20,7 @@ from bench.memory import peak_bytes
 
 # Of the memory that is free, what a case may take.
 MEMORY_SHARE = 0.8
-CASE_SECONDS: dict[Size, float] = {"device": 3.0, "host": 3.0, "quick": 0.2}
+CASE_SECONDS: dict[Size, float] = {"device": 3.0, "host": 2.5, "quick": 0.2}
 # `compare` cannot tell fewer than 8 samples apart in a table of a hundred rows.
 MIN_ROUNDS: dict[Size, int] = {"device": 9, "host": 8, "quick": 3}
 JOB_ROUNDS: dict[Size, int] = {"device": 2, "host": 2, "quick": 1}

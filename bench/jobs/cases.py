@@ -58,7 +58,7 @@ class Job:
 def sampler_cases(size: Size) -> list[Case]:
     sizes = {
         "device": [(64, 256), (16, 256), (256, 256), (64, 64), (64, 512)],
-        "host": [(8, 16), (2, 16), (16, 16), (8, 32)],
+        "host": [(8, 8), (2, 8), (16, 8), (8, 16)],
         "quick": [(2, 8)],
     }
     model = {"device": QWEN_1B, "host": SMOLLM2, "quick": None}[size]
@@ -288,7 +288,7 @@ def step_cases(size: Size) -> list[Case]:
     dtype = torch.bfloat16 if size == "device" else torch.float32
     sizes = {
         "device": [(QWEN_7B, 8192), (LLAMA_8B, 8192), (QWEN_7B, 2048)],
-        "host": [(SMOLLM2, 128)],
+        "host": [(SMOLLM2, 64)],
         "quick": [(SMOLLM2, 16)],
     }
     found = []
