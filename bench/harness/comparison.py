@@ -2,12 +2,15 @@
 
 A change counts if all three hold, for a mode, cold or sustained, that both files have:
 
-1. The medians differ by more than `min_effect`.
+1. The medians differ by more than `min_effect`, and by more than the noise of these two runs: what
+   the peers' rows, whose code did not change, differ by beside their ceilings (three times their
+   robust standard deviation), and what the row's own two halves of a run differ by. Samples of one
+   run have its load in common, which a rank test does not know.
 2. A rank test (Mann-Whitney) tells the samples apart, at a level for all rows of ours together, and
    for all of the peers (Holm), so that a long table does not find something by its length.
-3. The same two hold for the times divided by those of the ceiling in the same round of the same
-   run. A machine that is slower as a whole, with other load or lower clocks, slows both; where only
-   the raw times differ the verdict is "machine". Without a ceiling, the other variants of the case
+3. The same two hold for the times divided by the ceiling's median in the same case of the same run.
+   A machine that is slower as a whole, with other load or lower clocks, slows both; a change of the
+   raw times that may be of that kind is called "machine". Without a ceiling, the peers of the case
    stand for it.
 
 And the samples must lie apart: each run's median outside of the other's p20 to p80.
@@ -15,6 +18,7 @@ And the samples must lie apart: each run's median outside of the other's p20 to 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +34,9 @@ LEVEL = 0.05  # of finding anything where nothing changed
 ROW_LEVEL = 0.01  # of a row by itself, for the verdict "machine"
 # Fewer samples cannot be told apart at that level.
 FEWEST_SAMPLES = 5
+FEWEST_PEER_ROWS = 4
+ROBUST_SD = 1.4826  # of a normal distribution, by its median absolute deviation
+NOISE_WIDTHS = 3.0
 Verdict = Literal["slower", "faster", "same", "machine", "too few samples"]
 
 
@@ -78,12 +85,13 @@ def compare(
         raise ValueError("the files have no row in common")
     yardsticks = [_yardsticks(of_file) for of_file in rows]
     tests = [_Test(*(side[key] for side in rows), *(y[key] for y in yardsticks)) for key in shared]
+    noise = _run_noise([test.relative for test in tests if not test.ours])
     changes = []
     for family in (True, False):
         of_family = [test for test in tests if test.ours == family]
         significant = _holm([test.p_value for test in of_family])
         changes += [
-            test.change(significant=found, min_effect=min_effect)
+            test.change(found, min_effect, noise)
             for test, found in zip(of_family, significant, strict=True)
         ]
     only = sorted({": ".join(key[:3]) for key in rows[0].keys() ^ rows[1].keys()})
@@ -113,13 +121,14 @@ class _Test:
     def _enough(self) -> bool:
         return min(len(self._a), len(self._b)) >= FEWEST_SAMPLES
 
-    def change(self, *, significant: bool, min_effect: float) -> Change:
+    def change(self, significant: bool, min_effect: float, noise: float) -> Change:
         verdict: Verdict = "same"
+        least = max(min_effect, noise, _drift(self._a), _drift(self._b))
         if not self._enough:
             verdict = "too few samples"
         elif _direction(self.ratio, min_effect) and self._apart():
-            same_way = _direction(self.ratio, min_effect) == _direction(self.relative, min_effect)
-            if significant and same_way:
+            direction = _direction(self.ratio, least)
+            if significant and direction and direction == _direction(self.relative, least):
                 verdict = "slower" if self.ratio > 1 else "faster"
             elif self._p_raw < ROW_LEVEL:
                 verdict = "machine"
@@ -141,6 +150,21 @@ class _Test:
         return outside(float(np.median(self._b)), self._a) and outside(
             float(np.median(self._a)), self._b
         )
+
+
+def _run_noise(ratios: Sequence[float]) -> float:
+    """Of rows that did not change, as an effect; 0 where there are too few to tell."""
+    if len(ratios) < FEWEST_PEER_ROWS:
+        return 0.0
+    return math.exp(NOISE_WIDTHS * ROBUST_SD * float(np.median(np.abs(np.log(ratios))))) - 1
+
+
+def _drift(samples: np.ndarray) -> float:
+    """By how much the medians of a run's first and second half differ, as an effect."""
+    if len(samples) < 2 * FEWEST_SAMPLES:
+        return 0.0
+    first, second = np.array_split(samples, 2)
+    return math.exp(abs(math.log(np.median(first) / np.median(second)))) - 1
 
 
 def _direction(ratio: float, min_effect: float) -> int:

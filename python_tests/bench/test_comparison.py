@@ -31,6 +31,7 @@ def made(
     num_rows: int = 1,
     slower: float = 1.0,
     machine: float = 1.0,
+    load: float = 0.0,
     samples: int = SAMPLES,
 ) -> dict[str, Any]:
     """`num_rows` copies of the template's cases with times that are drawn; the first is slower."""
@@ -43,6 +44,8 @@ def made(
             info = entry["extra_info"]
             info["case"] = f"case {number}"
             factor = drift * (slower if number == 0 and info["ours"] else 1.0)
+            if not info["is_ceiling"]:
+                factor *= np.exp(load * generator.standard_normal())
             times = 1e-3 * factor * np.exp(SPREAD * generator.standard_normal(samples))
             times *= np.where(generator.random(samples) < TAIL_SHARE, TAIL, 1.0)
             stats = Stats()
@@ -83,6 +86,19 @@ def test_a_slower_machine_is_not_a_regression(measured: dict[str, Any]) -> None:
     found = comparison.compare(made(measured, generator), made(measured, generator, machine=1.6))
     assert set(verdicts(found).values()) == {"machine"}
     assert not found.regressions
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_load_that_lasts_for_a_run_is_noise(seed: int) -> None:
+    """Each row of a run has a load of its own, 10% of its time, in all of its samples."""
+    peer = Variant("peer", toy.bound(toy.doubled), peer="eager")
+    template = toy.measure(toy.kernel([toy.OURS, peer])).data
+    generator = np.random.default_rng(200 + seed)
+    before, after = (made(template, generator, num_rows=20, load=0.1) for _ in range(2))
+    assert not comparison.compare(before, after).regressions
+    slower = made(template, generator, num_rows=20, load=0.1, slower=3.0)
+    regressions = comparison.compare(before, slower).regressions
+    assert {change.key[1] for change in regressions} == {"case 0"}
 
 
 def test_few_samples_say_so(measured: dict[str, Any]) -> None:
