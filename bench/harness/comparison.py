@@ -3,7 +3,7 @@
 A change counts if all three hold, for a mode, cold or sustained, that both files have:
 
 1. The medians differ by more than `min_effect`, and by more than the noise of these two runs: what
-   the peers' rows, whose code did not change, differ by beside their ceilings (three times their
+   the peers' rows, whose code did not change, differ by beside their ceilings (four times their
    robust standard deviation), and what the row's own two halves of a run differ by. Samples of one
    run have its load in common, which a rank test does not know.
 2. A rank test (Mann-Whitney) tells the samples apart, at a level for all rows of ours together, and
@@ -36,7 +36,7 @@ ROW_LEVEL = 0.01  # of a row by itself, for the verdict "machine"
 FEWEST_SAMPLES = 5
 FEWEST_PEER_ROWS = 4
 ROBUST_SD = 1.4826  # of a normal distribution, by its median absolute deviation
-NOISE_WIDTHS = 3.0
+NOISE_WIDTHS = 4.0  # so that hundreds of rows have none beyond it
 Verdict = Literal["slower", "faster", "same", "machine", "too few samples"]
 
 
