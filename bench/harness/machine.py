@@ -1,0 +1,131 @@
+"""What a figure must carry to mean something later: device, driver, clocks, versions, commit."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import powerkernels
+from powerkernels import _extension
+
+ROOT = Path(__file__).resolve().parents[2]
+DISTRIBUTIONS = (
+    "triton",
+    "numpy",
+    "transformers",
+    "verl",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "flashinfer-python",
+)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Of this process, on the device."""
+    module = _extension.extension()
+    return {
+        "powerkernels": powerkernels.__version__,
+        "commit": git("rev-parse", "HEAD"),
+        "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "device": device_name(device),
+        "device_type": device.type,
+        "driver": _nvidia_smi("driver_version") if device.type == "cuda" else None,
+        "cuda": torch.version.cuda,
+        "clocks": clocks(device),
+        "threads": torch.get_num_threads(),
+        "backend": _extension.backend_for(device),
+        "simd": module.simd_level() if module else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: found for name in DISTRIBUTIONS if (found := _version(name))},
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu_name()
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def clocks(device: torch.device) -> dict[str, str | None]:
+    """MHz now, where the system tells."""
+    if device.type == "cuda":
+        fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
+        return {field: _nvidia_smi(field) for field in fields}
+    for line in _lines(Path("/proc/cpuinfo")):
+        if line.startswith("cpu MHz"):
+            return {"cpu": line.partition(":")[2].strip()}
+    return {"cpu": None}
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on the device; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable"):
+            return 1024 * int(line.split()[1])
+    return None
+
+
+def command_line() -> str:
+    """What was typed, with the program by its name."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["powerkernels" if program == "cli.py" else program, *sys.argv[1:]])
+
+
+def git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
+
+
+def _nvidia_smi(field: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.splitlines()[0].strip() if result.stdout.strip() else None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

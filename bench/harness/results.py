@@ -1,0 +1,196 @@
+"""The JSON of a run: pytest-benchmark's schema, and what a row means in each `extra_info`.
+
+So pytest-benchmark's own compare and histogram commands read it too. Of ours are the key `suite`
+(schema version, environment, command line, ceilings, what was skipped and what failed) and the
+samples themselves in `stats.data`. The file is written anew after every case.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest_benchmark
+from pytest_benchmark.stats import Stats
+from pytest_benchmark.utils import get_commit_info
+
+from bench.harness import timing
+from bench.harness.cases import Case, Kernel, Variant
+
+SCHEMA = 1
+KEY = "suite"
+# A file goes on with --resume only where these are as they were.
+SAME = ("commit", "changed", "device", "threads", "torch")
+
+
+class Row(NamedTuple):
+    """A variant of a case in one mode, cold or sustained."""
+
+    kernel: str
+    case: str
+    variant: str
+    mode: str
+    info: dict[str, Any]
+    stats: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.kernel, self.case, self.variant, self.mode
+
+    @property
+    def samples(self) -> list[float]:
+        return self.stats.get("data") or []
+
+    @property
+    def median(self) -> float:
+        return self.stats["median"]
+
+
+class Document:
+    """A run's results, in a file if there is a path."""
+
+    def __init__(self, environment: dict[str, Any], command: str, path: Path | None) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {
+            "machine_info": {"powerkernels": environment},
+            "commit_info": get_commit_info(),
+            "benchmarks": [],
+            "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+            "version": pytest_benchmark.__version__,
+            KEY: {
+                "schema": SCHEMA,
+                "command": command,
+                "environment": environment,
+                "ceilings": {},
+                "done": [],
+                "skipped": [],
+                "failed": [],
+                "finished": False,
+            },
+        }
+
+    @classmethod
+    def resumed(cls, environment: dict[str, Any], command: str, path: Path) -> Document:
+        """What the file holds; a new one where there is no file.
+
+        Raises:
+            ValueError: the file is no result of this suite and schema, or of another machine,
+                commit or number of threads.
+        """
+        fresh = cls(environment, command, path)
+        if not path.exists():
+            return fresh
+        found = load(path)
+        before = found[KEY]["environment"]
+        other = [name for name in SAME if before.get(name) != environment.get(name)]
+        if other:
+            differences = ", ".join(
+                f"{name} {before.get(name)!r} there, {environment.get(name)!r} here"
+                for name in other
+            )
+            raise ValueError(f"--resume: {path} is of another run ({differences}); name a new file")
+        fresh.data = found
+        return fresh
+
+    @property
+    def suite(self) -> dict[str, Any]:
+        return self.data[KEY]
+
+    def is_done(self, key: str) -> bool:
+        return key in self.suite["done"]
+
+    def skip(self, **entry: str) -> None:
+        self.suite["skipped"].append(entry)
+
+    def fail(self, **entry: str) -> None:
+        self.suite["failed"].append(entry)
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.data["benchmarks"].extend(rows)
+
+    def write(self) -> None:
+        """Whole or not at all: beside the file first, then in its place."""
+        if self.path is None:
+            return
+        beside = self.path.with_name(f".{self.path.name}.part")
+        beside.write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n")
+        os.replace(beside, self.path)
+
+
+def row(
+    kernel: Kernel,
+    case: Case,
+    variant: Variant | None,
+    mode: str,
+    samples: Sequence[float],
+    info: dict[str, Any],
+) -> dict[str, Any]:
+    """One entry of `benchmarks`; variant None is the ceiling."""
+    name = info["variant"]
+    stats = Stats()
+    for sample in samples:
+        stats.update(sample)
+    common = {
+        "kernel": kernel.name,
+        "part": kernel.part,
+        "case": case.title,
+        "mode": mode,
+        "ours": bool(variant and variant.ours),
+        "peer": variant.peer if variant else None,
+        "is_ceiling": variant is None,
+        "shape": case.shape,
+        "dtype": case.dtype_name,
+        "sweep": list(case.sweep),
+        "floor_bytes": case.bytes,
+        "floor_flops": case.flops,
+        "median_ms": 1e3 * stats.median,
+        "p20_ms": 1e3 * timing.quantile(samples, 0.2),
+        "p80_ms": 1e3 * timing.quantile(samples, 0.8),
+    }
+    return {
+        "group": f"{kernel.name}: {case.title} ({mode})",
+        "name": f"{kernel.name}[{case.title}-{name}-{mode}]",
+        "fullname": f"bench/{kernel.part}/{kernel.name}[{case.title}-{name}-{mode}]",
+        "params": {"case": case.title, "variant": name, "mode": mode},
+        "param": f"{case.title}-{name}-{mode}",
+        "extra_info": {**common, **info},
+        "options": {"timer": "perf_counter", "min_rounds": 1, "warmup": True},
+        "stats": {**stats.as_dict(), "iterations": info.get("calls", 1), "data": list(samples)},
+    }
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A file of this suite.
+
+    Raises:
+        ValueError: there is no such file, it is no JSON, or of another program or schema.
+    """
+    data = read_json(path)
+    suite = data.get(KEY) if isinstance(data, dict) else None
+    if not isinstance(suite, dict) or "schema" not in suite:
+        raise ValueError(f"{path} is no result of `powerkernels bench`: it has no {KEY!r}")
+    if suite["schema"] != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {suite['schema']!r}, and this version reads schema {SCHEMA}; "
+            "measure again, or use the version that wrote it"
+        )
+    return data
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def rows_of(data: dict[str, Any]) -> Iterator[Row]:
+    for entry in data["benchmarks"]:
+        info = entry["extra_info"]
+        yield Row(info["kernel"], info["case"], info["variant"], info["mode"], info, entry["stats"])

@@ -1,0 +1,153 @@
+"""A slowed kernel is caught; noise, and a machine that is slower as a whole, are not reported."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pytest_benchmark.stats import Stats
+
+from bench.harness import comparison, results
+from bench.harness.cases import Variant
+from python_tests.bench import toy
+
+# A lognormal with a tail: as times on a machine that others use too.
+SPREAD, TAIL_SHARE, TAIL = 0.08, 0.05, 3.0
+SAMPLES = 20
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    peer = Variant("peer", toy.bound(toy.doubled), peer="eager")
+    return toy.measure(toy.kernel([toy.OURS, peer])).data
+
+
+def made(
+    template: dict[str, Any],
+    generator: np.random.Generator,
+    *,
+    num_rows: int = 1,
+    slower: float = 1.0,
+    machine: float = 1.0,
+    load: float = 0.0,
+    samples: int = SAMPLES,
+) -> dict[str, Any]:
+    """`num_rows` copies of the template's cases with times that are drawn; the first is slower."""
+    data = copy.deepcopy(template)
+    entries = data["benchmarks"]
+    data["benchmarks"] = []
+    for number in range(num_rows):
+        drift = machine * np.exp(0.02 * generator.standard_normal())
+        for entry in copy.deepcopy(entries):
+            info = entry["extra_info"]
+            info["case"] = f"case {number}"
+            factor = drift * (slower if number == 0 and info["ours"] else 1.0)
+            if not info["is_ceiling"]:
+                factor *= np.exp(load * generator.standard_normal())
+            times = 1e-3 * factor * np.exp(SPREAD * generator.standard_normal(samples))
+            times *= np.where(generator.random(samples) < TAIL_SHARE, TAIL, 1.0)
+            stats = Stats()
+            for time in times.tolist():
+                stats.update(time)
+            entry["stats"] = {**stats.as_dict(), "data": times.tolist()}
+            data["benchmarks"].append(entry)
+    return data
+
+
+def verdicts(found: comparison.Comparison) -> dict[tuple[str, ...], str]:
+    return {change.key: change.verdict for change in found.changes}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_is_not_reported(measured: dict[str, Any], seed: int) -> None:
+    """Two runs of 60 cases each in both modes."""
+    generator = np.random.default_rng(seed)
+    found = comparison.compare(*(made(measured, generator, num_rows=60) for _ in range(2)))
+    assert len(found.changes) == 240
+    assert not {"slower", "faster"} & set(verdicts(found).values())
+    assert not found.regressions
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_slower_kernel_among_many_is_found(measured: dict[str, Any], seed: int) -> None:
+    generator = np.random.default_rng(100 + seed)
+    before = made(measured, generator, num_rows=60)
+    after = made(measured, generator, num_rows=60, slower=1.3)
+    found = comparison.compare(before, after)
+    assert {change.key[1] for change in found.regressions} == {"case 0"}
+    assert comparison.compare(after, before).regressions == []
+    assert "faster" in verdicts(comparison.compare(after, before)).values()
+
+
+def test_a_slower_machine_is_not_a_regression(measured: dict[str, Any]) -> None:
+    generator = np.random.default_rng(7)
+    found = comparison.compare(made(measured, generator), made(measured, generator, machine=1.6))
+    assert set(verdicts(found).values()) == {"machine"}
+    assert not found.regressions
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_load_that_lasts_for_a_run_is_noise(measured: dict[str, Any], seed: int) -> None:
+    """Each row of a run has a load of its own, 10% of its time, in all of its samples."""
+    generator = np.random.default_rng(200 + seed)
+    before, after = (made(measured, generator, num_rows=20, load=0.1) for _ in range(2))
+    assert not comparison.compare(before, after).regressions
+    slower = made(measured, generator, num_rows=20, load=0.1, slower=3.0)
+    regressions = comparison.compare(before, slower).regressions
+    assert {change.key[1] for change in regressions} == {"case 0"}
+
+
+def test_few_samples_say_so(measured: dict[str, Any]) -> None:
+    generator = np.random.default_rng(8)
+    found = comparison.compare(
+        made(measured, generator, samples=3), made(measured, generator, samples=3, slower=2.0)
+    )
+    assert set(verdicts(found).values()) == {"too few samples"}
+
+
+def test_a_real_slowed_kernel_and_two_real_runs() -> None:
+    """The same op, timed twice, and then one that does its work four times."""
+    slowed = Variant("powerkernels", toy.bound(toy.repeated(4)), ours=True)
+    first, second = (toy.measure(toy.kernel([toy.OURS]), size="host").data for _ in range(2))
+    slow = toy.measure(toy.kernel([slowed]), size="host").data
+    assert not comparison.compare(first, second, min_effect=0.5).regressions
+    caught = comparison.compare(first, slow, min_effect=0.5).regressions
+    assert "sustained" in {change.key[3] for change in caught}
+
+
+def test_files_that_cannot_be_compared(measured: dict[str, Any]) -> None:
+    other = copy.deepcopy(measured)
+    other["suite"]["environment"]["device"] = "another"
+    with pytest.raises(ValueError, match="different machines: device"):
+        comparison.compare(measured, other)
+    other = copy.deepcopy(measured)
+    for entry in other["benchmarks"]:
+        entry["extra_info"]["kernel"] = "another"
+    with pytest.raises(ValueError, match="no row in common"):
+        comparison.compare(measured, other)
+    with pytest.raises(ValueError, match="--min-effect"):
+        comparison.compare(measured, measured, min_effect=0.0)
+
+
+def test_the_text_names_the_row(measured: dict[str, Any]) -> None:
+    generator = np.random.default_rng(9)
+    before, after = made(measured, generator), made(measured, generator, slower=2.0)
+    after["suite"]["environment"]["torch"] = "9.9"
+    after["benchmarks"].append(copy.deepcopy(after["benchmarks"][0]))
+    after["benchmarks"][-1]["extra_info"]["case"] = "a new case"
+    text = comparison.text(comparison.compare(before, after))
+    assert "slower" in text
+    assert "toy: case 0: powerkernels" in text
+    assert "note: torch differs" in text
+    assert "in one file only: toy: a new case" in text
+    assert "2 of ours became slower" in text
+
+
+def test_an_own_peer_file_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    toy.measure(toy.kernel([toy.OURS]), path)
+    found = comparison.compare(results.load(path), results.load(path))
+    assert {change.ratio for change in found.changes} == {1.0}
