@@ -21,6 +21,10 @@ COMMANDS = {
     "'early rejection' 'shared-prefix skip' neither --peer PATH --output {file}",
     "sampler_latency_cpu.json": "python bench/power_sampling/compare_sampler.py --runs "
     "'one prompt, 1 lane' 'one prompt, 8 lanes' --output {file}",
+    "sampler_revision_cpu.json": "python bench/power_sampling/compare_sampler.py --runs both "
+    "--dtype float32 --revision CHECKOUT --output {file}",
+    "vllm_cpu.json": ".venv-integrations/bin/python bench/power_sampling/compare_vllm.py "
+    "--dtype float32 --output {file}",
     "public_sampler_cpu.json": "python bench/power_sampling/compare_public_sampler.py --peer PATH "
     "--peer-prompts 4 9 --output {file}",
     "public_law_cpu.json": "python bench/power_sampling/compare_public_law.py --peer PATH "
