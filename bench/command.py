@@ -13,6 +13,7 @@ import torch
 from bench import suite
 from bench.harness import machine, peers, results, runner, table
 from bench.harness.cases import Size
+from powerkernels.models import find_device
 
 EXIT_REGRESSION = 1
 EXIT_INTERRUPT = 130
@@ -30,7 +31,7 @@ def main(arguments: argparse.Namespace) -> int:
 def _measure(arguments: argparse.Namespace) -> int:
     kernels = suite.chosen(arguments.what, arguments.part or [])
     chosen_peers = peers.chosen(arguments.peers)
-    device = _device(arguments.device)
+    device = find_device(arguments.device)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     size: Size = arguments.size or ("device" if device.type == "cuda" else "host")
@@ -86,18 +87,6 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device: {name} is not here; see: powerkernels doctor")
-    return device
-
-
 def _compare(arguments: argparse.Namespace, paths: list[Path]) -> int:
     from bench.harness import comparison
 
@@ -131,7 +120,7 @@ def _report(arguments: argparse.Namespace, paths: list[Path]) -> int:
 
 
 def _list(arguments: argparse.Namespace, paths: list[Path]) -> int:
-    device = _device(arguments.device)
+    device = find_device(arguments.device)
     for kernel in suite.KERNELS.values():
         print(f"{kernel.part}/{kernel.name}: {kernel.summary}")
     print()

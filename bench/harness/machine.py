@@ -77,16 +77,6 @@ def clocks(device: torch.device) -> dict[str, str | None]:
     return {"cpu": None}
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on the device; None where the system does not tell."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable"):
-            return 1024 * int(line.split()[1])
-    return None
-
-
 def command_line() -> str:
     """What was typed, with the program by its name."""
     program = Path(sys.argv[0]).name

@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 
 from bench.harness import accuracy, ceilings, peers, timing
 from bench.harness.cases import Call, Case, Kernel, Outputs, Size, Variant
-from bench.harness.machine import free_bytes
 from bench.harness.results import Document, row
 from bench.memory import peak_bytes
+from powerkernels.power_sampling.lane_model import free_memory
 
 # Of the memory that is free, what a case may take.
 MEMORY_SHARE = 0.8
@@ -147,7 +147,7 @@ class _Measurement:
     def _too_large(self, needed: int) -> str | None:
         free = self._settings.free_bytes
         if free is None:
-            free = free_bytes(self._settings.device)
+            free = free_memory(self._settings.device)
         if free is None or needed <= MEMORY_SHARE * free:
             return None
         return (

@@ -28,6 +28,7 @@ from bench.harness.cases import (
     Variant,
 )
 from bench.linear_logprob import cases as heads
+from bench.logprob.cases import float32_copies
 from bench.policy_loss import cases as losses
 from powerkernels import PowerSampler, PowerSamplingConfig, kl_cov_loss, linear_score_tokens
 
@@ -409,16 +410,16 @@ TRAINER_STEP = Kernel(
             "usual chain of ops",
             step_of(usual_scores, torch_loss),
             peer="eager",
-            extra_memory=heads.logits_in(5),
+            extra_memory=float32_copies(5),
         ),
         Variant(
             "usual chain, torch.compile",
             step_of(lambda *inputs: _compiled()(*inputs), torch_loss),
             peer="compile",
-            extra_memory=heads.logits_in(3),
+            extra_memory=float32_copies(3),
             main_only=True,
         ),
-        Variant("verl head and loss", verl_step, peer="verl", extra_memory=heads.logits_in(2)),
+        Variant("verl head and loss", verl_step, peer="verl", extra_memory=float32_copies(2)),
     ],
 )
 

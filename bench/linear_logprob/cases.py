@@ -20,7 +20,16 @@ from bench.harness.cases import (
     Size,
     Variant,
 )
-from bench.logprob.cases import ALL, ALPHA, LOG_PROB, NAMES, NO_LOG_Z, SCORES
+from bench.logprob.cases import (
+    ALL,
+    ALPHA,
+    LOG_PROB,
+    NAMES,
+    NO_LOG_Z,
+    SCORES,
+    Implementation,
+    variants_of,
+)
 from bench.logprob.cases import exact_scores as exact_scores_of_logits
 from bench.logprob.cases import torch_scores as torch_scores_of_logits
 from powerkernels import linear_score_tokens, score_tokens
@@ -79,11 +88,6 @@ def cases(size: Size, matmuls: int = 1) -> list[Case]:
     return found
 
 
-def logits_in(num: int) -> Callable[[Case], int]:
-    """Memory of `num` float32 copies of the logits."""
-    return lambda case: 4 * num * case.shape["rows"] * case.shape["vocab"]
-
-
 Scores = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
@@ -140,7 +144,7 @@ def liger_scores(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
 
 
 # Name, function, which scores, peer, copies of the logits in float32.
-IMPLEMENTATIONS: tuple[tuple[str, Scores, str, str | None, int], ...] = (
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
     ("powerkernels", ours, ALL, None, 0),
     ("matmul, then score_tokens", matmul_then_scores, ALL, None, 1),
     ("torch eager", torch_scores, ALL, "eager", 5),
@@ -198,17 +202,7 @@ LINEAR_SCORE_TOKENS = Kernel(
     expected=exact_forward,
     yardstick=torch_forward,
     ceiling=matmul_alone,
-    variants=[
-        Variant(
-            name,
-            forward(function, kind),
-            peer=peer,
-            ours=peer is None,
-            extra_memory=logits_in(copies),
-            main_only=peer == "compile",
-        )
-        for name, function, kind, peer, copies in IMPLEMENTATIONS
-    ],
+    variants=variants_of(IMPLEMENTATIONS, forward),
 )
 
 
@@ -302,17 +296,7 @@ LINEAR_SCORE_TOKENS_FWD_BWD = Kernel(
     yardstick=torch_sums,
     ceiling=four_matmuls,
     variants=[
-        *(
-            Variant(
-                name,
-                gradients(function, kind),
-                peer=peer,
-                ours=peer is None,
-                extra_memory=logits_in(2 * copies),
-                main_only=peer == "compile",
-            )
-            for name, function, kind, peer, copies in IMPLEMENTATIONS
-        ),
+        *variants_of(IMPLEMENTATIONS, gradients, times_copies=2),
         Variant("Liger, log_prob", gradients(liger_scores, LOG_PROB), peer="liger"),
     ],
 )

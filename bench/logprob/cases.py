@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +89,29 @@ def cases(size: Size, reads: int = 1, writes: int = 0) -> list[Case]:
 def float32_copies(count: int) -> Callable[[Case], int]:
     """Of the logits, that a chain of torch ops holds at its peak."""
     return lambda case: 4 * count * case.shape["rows"] * case.shape["vocab"]
+
+
+# Name, function, which scores, peer, copies of the logits in float32 at the forward's peak.
+Implementation = tuple[str, Callable[..., tuple[Tensor, ...]], str, str | None, int]
+
+
+def variants_of(
+    implementations: Sequence[Implementation],
+    bind: Callable[[Any, str], Callable[[Any], Call]],
+    times_copies: int = 1,
+) -> list[Variant]:
+    """A variant each, by what binds its function and kind of scores to inputs."""
+    return [
+        Variant(
+            name,
+            bind(function, kind),
+            peer=peer,
+            ours=peer is None,
+            extra_memory=float32_copies(times_copies * copies),
+            main_only=peer == "compile",
+        )
+        for name, function, kind, peer, copies in implementations
+    ]
 
 
 # ---- forward
@@ -200,8 +223,7 @@ def torch_forward(x: Inputs, found: Outputs) -> Outputs:
     return dict(zip(SCORES, torch_scores(x.logits, x.targets), strict=True))
 
 
-# Name, function, which scores, peer, copies of the logits in float32 at the peak.
-IMPLEMENTATIONS: tuple[tuple[str, Scores, str, str | None, int], ...] = (
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
     ("powerkernels", ours, ALL, None, 0),
     ("powerkernels, log_prob", ours_log_prob, LOG_PROB, None, 0),
     ("torch eager", torch_scores, ALL, "eager", 4),
@@ -225,17 +247,7 @@ SCORE_TOKENS = Kernel(
     expected=exact_forward,
     yardstick=torch_forward,
     ceiling="read",
-    variants=[
-        Variant(
-            name,
-            forward(function, kind),
-            peer=peer,
-            ours=peer is None,
-            extra_memory=float32_copies(copies),
-            main_only=peer == "compile",
-        )
-        for name, function, kind, peer, copies in IMPLEMENTATIONS
-    ],
+    variants=variants_of(IMPLEMENTATIONS, forward),
 )
 
 
@@ -339,16 +351,10 @@ SCORE_TOKENS_FWD_BWD = Kernel(
             ours=True,
             extra_memory=lambda case: case.memory // 2,
         ),
-        *(
-            Variant(
-                name,
-                gradient(function, kind),
-                peer=peer,
-                extra_memory=float32_copies(2 * copies),
-                main_only=peer == "compile",
-            )
-            for name, function, kind, peer, copies in IMPLEMENTATIONS
-            if peer is not None
+        *variants_of(
+            [implementation for implementation in IMPLEMENTATIONS if implementation[3]],
+            gradient,
+            times_copies=2,
         ),
     ],
 )

@@ -91,7 +91,7 @@ def main() -> None:
     names = list(options.runs or (*SWITCHES, *LATENCY))
     results = {name: run(name, options) for name in names}
     if options.revision:
-        results[f"{names[0]}, {commit_of(options.revision)}"] = run(
+        results[f"{names[0]}, {commit_of(options.revision)[:7]}"] = run(
             names[0], options, PYTHONPATH=str(options.revision)
         )
     if options.peer:
@@ -121,7 +121,7 @@ def run(name: str, options: argparse.Namespace, **environment: str) -> dict:
 
 def commit_of(checkout: Path) -> str:
     return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=checkout, capture_output=True, text=True
+        ["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True
     ).stdout.strip()
 
 
@@ -293,9 +293,6 @@ def environment() -> dict:
 
     import powerkernels
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
     return {
         "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -303,7 +300,7 @@ def environment() -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": commit_of(Path(__file__).parent),
     }
 
 

@@ -561,14 +561,10 @@ class _Run:
         return True
 
     def _count(self, chain: _ChainRun) -> FinishedChain:
-        finished, stats = chain.result(), self._stats
-        stats.finished_chains += 1
-        stats.kept_tokens += finished.tokens.numel()
-        stats.used_tokens += finished.decoded_tokens
-        stats.transitions += finished.trace.shape[0]
-        stats.accepted_transitions += chain.accepted
+        finished = chain.result()
+        self._stats.count([finished])
         self._noise.add(chain.noise)
-        stats.log_z_noise = self._noise.result()
+        self._stats.log_z_noise = self._noise.result()
         return finished
 
     def _estimate(self) -> None:
@@ -707,7 +703,6 @@ class _ChainRun:
         self._entropy: list[float] = []  # of the state's positions
         self._decoded = 0
         self._trace: list[tuple[float, ...]] = []
-        self.accepted = 0
         self.noise = _Noise()
 
     @property
@@ -789,7 +784,6 @@ class _ChainRun:
         self._state, info = mh.decide(item.proposal)
         if info.accepted and item.is_sent:
             self._entropy[item.first :] = item.entropy
-        self.accepted += info.accepted
         self._trace.append(
             (
                 item.block,

@@ -99,6 +99,15 @@ class SamplerStats:
         """Decoded tokens per second."""
         return self.decoded_tokens / self.seconds if self.seconds else 0.0
 
+    def count(self, finished: Sequence[FinishedChain]) -> None:
+        """Count chains that have finished."""
+        self.finished_chains += len(finished)
+        self.kept_tokens += sum(chain.tokens.numel() for chain in finished)
+        self.used_tokens += sum(chain.decoded_tokens for chain in finished)
+        transitions = torch.cat([chain.trace for chain in finished])
+        self.transitions += transitions.shape[0]
+        self.accepted_transitions += int(transitions[:, TRACE_FIELDS.index("accepted")].sum())
+
 
 def run_chains(
     model: LaneModel,
@@ -343,13 +352,7 @@ class _Run:
         return found
 
     def _count(self, found: list[FinishedChain]) -> None:
-        stats = self._stats
-        stats.finished_chains += len(found)
-        stats.kept_tokens += sum(chain.tokens.numel() for chain in found)
-        stats.used_tokens += sum(chain.decoded_tokens for chain in found)
-        transitions = torch.cat([chain.trace for chain in found])
-        stats.transitions += transitions.shape[0]
-        stats.accepted_transitions += int(transitions[:, TRACE_FIELDS.index("accepted")].sum())
+        self._stats.count(found)
         self._estimate()
 
     def _estimate(self) -> None:

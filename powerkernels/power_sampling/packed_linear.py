@@ -100,7 +100,7 @@ def _packed_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     if module.weight.dtype == torch.bfloat16 and not _multiplies_bfloat16():
         if _extension.backend_for(module.weight.device) == "cpp":
             return _widening_forward(module)
-        return _widened_forward(module)
+        return _float32_copy_forward(module)
     bias = None if module.bias is None else module.bias.detach()
     return _onednn_forward(module.weight.detach(), bias)
 
@@ -114,7 +114,7 @@ def _onednn_forward(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], T
     return forward
 
 
-def _widened_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _float32_copy_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     """A bfloat16 layer by a float32 copy of its weight."""
     bias = None if module.bias is None else module.bias.detach().float()
     forward = _onednn_forward(module.weight.detach().float(), bias)
