@@ -4,12 +4,16 @@
 
 #include <array>
 #include <map>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "powerkernels/decode_attention.h"
+#include "powerkernels/decoder_step.h"
 #include "powerkernels/lane_moves.h"
 #include "powerkernels/lane_transition.h"
 #include "powerkernels/ops.h"
@@ -39,6 +43,14 @@ T* pointer(uintptr_t address) {
 using Floats = std::pair<uintptr_t, int>;
 // A batch as (tokens, sequences, width, address of bounds).
 using Rows = std::array<int64_t, 4>;
+
+// A packed linear layer as (address, address of its bias, columns).
+using Linear = std::tuple<uintptr_t, uintptr_t, int64_t>;
+
+DecoderLinear decoder_linear(const Linear& linear) {
+  return {pointer<const void>(std::get<0>(linear)), pointer<const void>(std::get<1>(linear)),
+          std::get<2>(linear)};
+}
 
 FloatArray floats(const Floats& array) {
   return {pointer<const void>(array.first), static_cast<DType>(array.second)};
@@ -443,26 +455,79 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "pack_linear",
-      [](uintptr_t weight, int64_t stride, int64_t columns, int64_t depth, uintptr_t packed,
-         int num_threads) {
-        pack_linear(pointer<const uint16_t>(weight), stride, columns, depth,
-                    pointer<uint16_t>(packed), num_threads);
+      [](uintptr_t weight, int dtype, int64_t stride, int64_t columns, int64_t depth,
+         uintptr_t packed, int num_threads) {
+        pack_linear(static_cast<DType>(dtype), pointer<const void>(weight), stride, columns, depth,
+                    pointer<void>(packed), num_threads);
       },
-      py::arg("weight"), py::arg("stride"), py::arg("columns"), py::arg("depth"), py::arg("packed"),
-      py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("weight"), py::arg("dtype"), py::arg("stride"), py::arg("columns"), py::arg("depth"),
+      py::arg("packed"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "packed_linear",
-      [](uintptr_t input, uintptr_t packed, uintptr_t bias, uintptr_t output, int64_t rows,
-         int64_t columns, int64_t depth, int64_t input_stride, int num_threads) {
-        packed_linear({pointer<const uint16_t>(input), pointer<const uint16_t>(packed),
-                       pointer<const uint16_t>(bias), pointer<uint16_t>(output), rows, columns,
-                       depth, input_stride},
-                      num_threads);
+      [](uintptr_t input, uintptr_t packed, uintptr_t bias, uintptr_t output, int dtype,
+         int64_t rows, int64_t columns, int64_t depth, int64_t input_stride, int num_threads) {
+        packed_linear(
+            {static_cast<DType>(dtype), pointer<const void>(input), pointer<const void>(packed),
+             pointer<const void>(bias), pointer<void>(output), rows, columns, depth, input_stride},
+            num_threads);
       },
-      py::arg("input"), py::arg("packed"), py::arg("bias"), py::arg("output"), py::arg("rows"),
-      py::arg("columns"), py::arg("depth"), py::arg("input_stride"), py::arg("num_threads"),
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("input"), py::arg("packed"), py::arg("bias"), py::arg("output"), py::arg("dtype"),
+      py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("input_stride"),
+      py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "prefer_huge_pages",
+      [](uintptr_t memory, int64_t bytes) { prefer_huge_pages(pointer<void>(memory), bytes); },
+      py::arg("memory"), py::arg("bytes"));
+
+  py::class_<DecoderLayer>(m, "DecoderLayer")
+      .def(py::init([](uintptr_t input_norm, uintptr_t mlp_norm, uintptr_t query_norm,
+                       uintptr_t key_norm, const Linear& query, const Linear& key,
+                       const Linear& value, const Linear& out, const Linear& gate, const Linear& up,
+                       const Linear& down, uintptr_t keys, uintptr_t values, int64_t window) {
+             return DecoderLayer{pointer<const void>(input_norm),
+                                 pointer<const void>(mlp_norm),
+                                 pointer<const void>(query_norm),
+                                 pointer<const void>(key_norm),
+                                 decoder_linear(query),
+                                 decoder_linear(key),
+                                 decoder_linear(value),
+                                 decoder_linear(out),
+                                 decoder_linear(gate),
+                                 decoder_linear(up),
+                                 decoder_linear(down),
+                                 pointer<void>(keys),
+                                 pointer<void>(values),
+                                 window};
+           }),
+           py::arg("input_norm"), py::arg("mlp_norm"), py::arg("query_norm"), py::arg("key_norm"),
+           py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"), py::arg("gate"),
+           py::arg("up"), py::arg("down"), py::arg("keys"), py::arg("values"), py::arg("window"));
+
+  py::class_<DecoderStep>(m, "DecoderStep")
+      .def(py::init([](int dtype, int64_t lanes, int64_t positions, int64_t hidden, int64_t heads,
+                       int64_t kv_heads, int64_t head_size, int64_t intermediate, float epsilon,
+                       float scale, const std::vector<DecoderLayer>& layers, uintptr_t final_norm,
+                       const Linear& head) {
+             return std::make_unique<DecoderStep>(
+                 DecoderShape{static_cast<DType>(dtype), lanes, positions, hidden, heads, kv_heads,
+                              head_size, intermediate, epsilon, scale},
+                 layers, pointer<const void>(final_norm), decoder_linear(head));
+           }),
+           py::arg("dtype"), py::arg("lanes"), py::arg("positions"), py::arg("hidden"),
+           py::arg("heads"), py::arg("kv_heads"), py::arg("head_size"), py::arg("intermediate"),
+           py::arg("epsilon"), py::arg("scale"), py::arg("layers"), py::arg("final_norm"),
+           py::arg("head"))
+      .def(
+          "__call__",
+          [](DecoderStep& self, uintptr_t embedded, uintptr_t cos, uintptr_t sin,
+             uintptr_t position, uintptr_t logits, int num_threads) {
+            self(pointer<const void>(embedded), pointer<const void>(cos), pointer<const void>(sin),
+                 pointer<const int64_t>(position), pointer<void>(logits), num_threads);
+          },
+          py::arg("embedded"), py::arg("cos"), py::arg("sin"), py::arg("position"),
+          py::arg("logits"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
   m.attr("PANEL_COLUMNS") = kPanelColumns;
 
 #if defined(POWERKERNELS_GRAPH_LOOP)

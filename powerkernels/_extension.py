@@ -33,6 +33,8 @@ _REQUIRED = (
     "move_positions",
     "pack_linear",
     "packed_linear",
+    "prefer_huge_pages",
+    "DecoderStep",
     "cov_keys",
     "cov_moments",
     "cov_tokens",

@@ -12,14 +12,6 @@ namespace powerkernels {
 PK_SIMD_DECLARE(void attend(const AttentionHead& head, const AttentionParams& params,
                             const AttentionScratch& scratch))
 
-namespace {
-
-const void* offset(const void* base, DType dtype, int64_t elements) {
-  return static_cast<const char*>(base) + elements * element_size(dtype);
-}
-
-}  // namespace
-
 void decode_attention(const AttentionTensors& t, const AttentionParams& params, int num_threads) {
   const int64_t key_floats = padded_size(params.head_size);
   const int64_t value_floats = padded_size(params.value_size);
@@ -35,11 +27,11 @@ void decode_attention(const AttentionTensors& t, const AttentionParams& params, 
     const int64_t lane = task / t.kv_heads, kv_head = task % t.kv_heads;
     const int64_t first_head = kv_head * t.group;
     const AttentionHead head = {
-        offset(t.query, params.dtype, lane * t.query_strides[0] + first_head * t.query_strides[1]),
-        offset(t.key, params.dtype, lane * t.key_strides[0] + kv_head * t.key_strides[1]),
-        offset(t.value, params.dtype, lane * t.value_strides[0] + kv_head * t.value_strides[1]),
-        const_cast<void*>(offset(t.output, params.dtype,
-                                 (lane * t.kv_heads * t.group + first_head) * params.value_size)),
+        element(t.query, params.dtype, lane * t.query_strides[0] + first_head * t.query_strides[1]),
+        element(t.key, params.dtype, lane * t.key_strides[0] + kv_head * t.key_strides[1]),
+        element(t.value, params.dtype, lane * t.value_strides[0] + kv_head * t.value_strides[1]),
+        element(t.output, params.dtype,
+                (lane * t.kv_heads * t.group + first_head) * params.value_size),
         t.sinks == nullptr ? nullptr : t.sinks + first_head,
         t.query_strides[1],
         t.key_strides[2],

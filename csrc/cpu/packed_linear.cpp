@@ -1,5 +1,10 @@
-// Linear layers with packed bfloat16 weights: one task per kTaskPanels panels.
+// Linear layers with packed weights: one task per kTaskPanels panels.
 #include "powerkernels/packed_linear.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <vector>
@@ -9,17 +14,22 @@
 
 namespace powerkernels {
 
-PK_SIMD_DECLARE(void widen_bfloat16(const uint16_t* x, int64_t n, float* out);
-                void multiply_panels(const LinearTask& task))
+PK_SIMD_DECLARE(void widen(DType dtype, const void* x, int64_t n, float* out);
+                void multiply_panels(const LinearTask& task);
+                void store_sums(DType dtype, const float* sums, const void* bias, int64_t n,
+                                void* out))
 
-void pack_linear(const uint16_t* weight, int64_t stride, int64_t columns, int64_t depth,
-                 uint16_t* packed, int num_threads) {
+namespace {
+
+template <typename T>
+void pack_as(const T* weight, int64_t stride, int64_t columns, int64_t depth, T* packed,
+             int num_threads) {
   parallel_for(panels_of(columns), num_threads, [&](int64_t panel) {
-    uint16_t* out = packed + panel * depth * kPanelColumns;
+    T* out = packed + panel * depth * kPanelColumns;
     const int64_t first = panel * kPanelColumns;
     const int64_t here = std::min(kPanelColumns, columns - first);
     for (int64_t c = 0; c < here; ++c) {
-      const uint16_t* row = weight + (first + c) * stride;
+      const T* row = weight + (first + c) * stride;
       for (int64_t k = 0; k < depth; ++k) out[k * kPanelColumns + c] = row[k];
     }
     for (int64_t c = here; c < kPanelColumns; ++c) {
@@ -28,21 +38,56 @@ void pack_linear(const uint16_t* weight, int64_t stride, int64_t columns, int64_
   });
 }
 
+}  // namespace
+
+void pack_linear(DType dtype, const void* weight, int64_t stride, int64_t columns, int64_t depth,
+                 void* packed, int num_threads) {
+  if (element_size(dtype) == 2) {
+    pack_as(static_cast<const uint16_t*>(weight), stride, columns, depth,
+            static_cast<uint16_t*>(packed), num_threads);
+  } else {
+    pack_as(static_cast<const uint32_t*>(weight), stride, columns, depth,
+            static_cast<uint32_t*>(packed), num_threads);
+  }
+}
+
+void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto first = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+  const auto end =
+      (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / page * page;
+  // Only a wish: what it fails with says nothing about the memory.
+  if (end > first)
+    static_cast<void>(madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE));
+#endif
+}
+
 void packed_linear(const PackedLinear& linear, int num_threads) {
+  const DType dtype = linear.dtype;
   thread_local std::vector<float> widened;
   widened.resize(static_cast<size_t>(linear.rows * linear.depth));
   const float* input = widened.data();
   for (int64_t row = 0; row < linear.rows; ++row) {
-    PK_SIMD_PICK(widen_bfloat16)
-    (linear.input + row * linear.input_stride, linear.depth, widened.data() + row * linear.depth);
+    PK_SIMD_PICK(widen)
+    (dtype, element(linear.input, dtype, row * linear.input_stride), linear.depth,
+     widened.data() + row * linear.depth);
   }
-  const int64_t tasks = (panels_of(linear.columns) + kTaskPanels - 1) / kTaskPanels;
-  parallel_for(tasks, num_threads, [&, input](int64_t task) {
-    const int64_t first = task * kTaskPanels * kPanelColumns;
+  parallel_for(linear_tasks(linear.columns), num_threads, [&, input](int64_t task) {
+    const int64_t first = task * kTaskColumns;
+    const int64_t columns = std::min(kTaskColumns, linear.columns - first);
+    const int64_t panels = panels_of(columns);
+    thread_local std::vector<float> sums;
+    sums.resize(static_cast<size_t>(linear.rows * kTaskColumns));
     PK_SIMD_PICK(multiply_panels)
-    ({input, linear.packed + first * linear.depth,
-      linear.bias == nullptr ? nullptr : linear.bias + first, linear.output + first, linear.rows,
-      linear.depth, std::min(kTaskPanels * kPanelColumns, linear.columns - first), linear.columns});
+    ({dtype, input, element(linear.packed, dtype, first * linear.depth), sums.data(), linear.rows,
+      linear.depth, panels});
+    const void* bias = linear.bias == nullptr ? nullptr : element(linear.bias, dtype, first);
+    for (int64_t row = 0; row < linear.rows; ++row) {
+      PK_SIMD_PICK(store_sums)
+      (dtype, sums.data() + row * panels * kPanelColumns, bias, columns,
+       element(linear.output, dtype, row * linear.columns + first));
+    }
   });
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from powerkernels.decode_attention.functional import launch as decode_attention
 from powerkernels.decode_attention.functional import op as decode_attention_op
 from powerkernels.decode_attention.reference import attended, masked_attention
 from powerkernels.lane_moves import LaneCaches, move_positions
+from powerkernels.power_sampling import decoder_step
+from powerkernels.power_sampling.decoder_step import TOLERANCE, DecoderStep
 from powerkernels.power_sampling.lane_state import WORKING
 from powerkernels.power_sampling.packed_linear import PackedLinears
 
@@ -85,8 +88,9 @@ class TransformersLaneModel:
         self.device = model.get_input_embeddings().weight.device
         self.max_length = max_length
         self._attention = _Attention(num_lanes, self.device)
+        in_one_call = not compile and decoder_step.why_not(model) is None
         # torch's compiler packs weights itself.
-        self._packed = PackedLinears(nn.Module() if compile else model)
+        self._packed = PackedLinears(nn.Module() if compile else model, own=in_one_call)
         self._prefilled: tuple[tuple[int, ...], list[tuple[Tensor, Tensor]]] = ((), [])
         with self.running():
             shapes = self._prefill_layers((0,))
@@ -102,6 +106,7 @@ class TransformersLaneModel:
         self._forward: Callable[..., Any] = model
         if compile:
             self._forward = torch.compile(model, dynamic=False, fullgraph=True)
+        self._decoder = self._make_decoder() if in_one_call else None
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -111,8 +116,10 @@ class TransformersLaneModel:
             yield
 
     def refresh(self) -> bool:
-        """Take notice of weights that changed in place; False if they are elsewhere now."""
+        """Take notice of weights that changed in place; False if the model must be taken anew."""
         self._prefilled = ((), [])
+        if self._decoder is not None and decoder_step.why_not(self._model) is not None:
+            return False
         self._packed.refresh()
         return self._addresses() == self._weights
 
@@ -139,7 +146,33 @@ class TransformersLaneModel:
         )
         return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
+    def _make_decoder(self) -> DecoderStep | None:
+        """The step in one call, if what it makes is what the model makes."""
+        caches = [
+            (layer.key_copies[WORKING], layer.value_copies[WORKING]) for layer in self._cache.layers
+        ]
+        decoder = DecoderStep(self._model, self._packed, caches, self.num_lanes, self.max_length)
+        tokens = torch.arange(self.num_lanes) % self.vocab_size
+        with self.running():
+            for position in range(min(2, self.max_length)):
+                positions = torch.full((self.num_lanes,), position)
+                own = self._step_of_modules(tokens, positions)
+                distance = (decoder(tokens, positions).double() - own.double()).norm()
+        if distance <= TOLERANCE[own.dtype] * own.double().norm():
+            return decoder
+        warnings.warn(
+            f"the compiled step of {type(self._model).__name__} makes other logits than the model "
+            "itself: the model's own modules are used, which are slower",
+            stacklevel=3,
+        )
+        return None
+
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if self._decoder is not None:
+            return self._decoder(tokens, positions)
+        return self._step_of_modules(tokens, positions)
+
+    def _step_of_modules(self, tokens: Tensor, positions: Tensor) -> Tensor:
         row = self._first_row + positions
         for layer in self._cache.layers:
             layer.row = row

@@ -9,11 +9,13 @@ A CPU whose bfloat16 oneDNN does not know (AVX2 alone) has a bfloat16 product wh
 the rows. There the product is ours (csrc/cpu/packed_linear.cpp): weights widened in registers, so
 that bfloat16 is what memory is read for; every product exact and summed in float32, the result
 rounded once. Without the compiled part the packed copy is float32: the same rounding for twice the
-memory and the time of reading it.
+memory and the time of reading it. A model that a `DecoderStep` runs has our panels for all layers,
+float32 too, since the step reads them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,21 +32,37 @@ class PackedLinears:
     The layers themselves are not changed: packed copies stand in for their forward inside
     `in_use()`. Costs as much memory again as the layers' weights, twice that where a float32 copy
     stands for bfloat16.
+
+    Args:
+        model: the model.
+        own: use our product for every layer, whatever the CPU.
+
+    Attributes:
+        panels: of each layer whose product is ours, its weight [ceil(N / P), K, P] (see `pack`).
+            Their addresses stay.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, own: bool = False) -> None:
         self._forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
         self._packed_from: dict[nn.Linear, Fingerprint] = {}
-        if not _available():
+        self.panels: dict[nn.Linear, Tensor] = {}
+        if not (own or _available()):
             return
-        for module in model.modules():
-            # A subclass or a hook may do more than the product.
-            if type(module) is nn.Linear and _packable(module):
-                self._pack(module)
+        # A subclass or a hook may do more than the product.
+        linears = [
+            module for module in model.modules() if type(module) is nn.Linear and _packable(module)
+        ]
+        self.panels = _new_panels([module for module in linears if own or _ours(module)])
+        for module in linears:
+            self._pack(module)
 
     def _pack(self, module: nn.Linear) -> None:
         self._packed_from[module] = _fingerprint(module)
-        self._forwards[module] = _packed_forward(module)
+        if module in self.panels:
+            pack(module.weight.detach(), self.panels[module])
+            self._forwards[module] = _panels_forward(module, self.panels[module])
+        else:
+            self._forwards[module] = _packed_forward(module)
 
     def refresh(self) -> None:
         """Pack again what has changed since, in whatever way: a version counter misses some."""
@@ -96,10 +114,29 @@ def _sum_of_bits(tensor: Tensor) -> int:
     return total + int(flat[words:].view(integer).sum())
 
 
+def _ours(module: nn.Linear) -> bool:
+    return (
+        module.weight.dtype == torch.bfloat16
+        and not multiplies_bfloat16()
+        and _extension.backend_for(module.weight.device) == "cpp"
+    )
+
+
+def _new_panels(modules: list[nn.Linear]) -> dict[nn.Linear, Tensor]:
+    """Room for each layer's panels: one piece of memory, so that it can have large pages."""
+    shapes = {module: panels_shape(*module.weight.shape) for module in modules}
+    sizes = [math.prod(shape) * module.weight.element_size() for module, shape in shapes.items()]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8)
+    if sizes:
+        _extension.compiled().prefer_huge_pages(memory.data_ptr(), memory.numel())
+    pieces = zip(shapes.items(), memory.split(sizes), strict=True)
+    return {
+        module: piece.view(module.weight.dtype).view(shape) for (module, shape), piece in pieces
+    }
+
+
 def _packed_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-    if module.weight.dtype == torch.bfloat16 and not _multiplies_bfloat16():
-        if _extension.backend_for(module.weight.device) == "cpp":
-            return _widening_forward(module)
+    if module.weight.dtype == torch.bfloat16 and not multiplies_bfloat16():
         return _float32_copy_forward(module)
     bias = None if module.bias is None else module.bias.detach()
     return _onednn_forward(module.weight.detach(), bias)
@@ -121,44 +158,49 @@ def _float32_copy_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     return lambda input: forward(input.float()).bfloat16()
 
 
-def _widening_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """A bfloat16 layer by our own product, which widens the packed weight in registers."""
+def _panels_forward(module: nn.Linear, panels: Tensor) -> Callable[[Tensor], Tensor]:
+    """A layer by our own product."""
     weight = module.weight.detach()
     bias = None if module.bias is None else module.bias.detach().contiguous()
-    packed = pack(weight)
 
     def forward(input: Tensor) -> Tensor:
-        if input.dtype != torch.bfloat16:
+        if input.dtype != weight.dtype:
             return nn.functional.linear(input, weight, bias)
-        return packed_linear(input, packed, weight.shape[0], bias)
+        return packed_linear(input, panels, weight.shape[0], bias)
 
     return forward
 
 
-def pack(weight: Tensor) -> Tensor:
-    """bfloat16 [N, K] on a CPU, rows contiguous, as panels [ceil(N / P), K, P] of P columns."""
-    extension = _extension.compiled()
+def panels_shape(columns: int, depth: int) -> tuple[int, int, int]:
+    """Shape of the panels of a weight [N, K]: [ceil(N / P), K, P]."""
+    width = _extension.compiled().PANEL_COLUMNS
+    return -(-columns // width), depth, width
+
+
+def pack(weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """bfloat16 or float32 [N, K] on a CPU as panels [ceil(N / P), K, P] of P columns."""
     columns, depth = weight.shape
     if weight.stride(1) != 1:
         weight = weight.contiguous()
-    panels = -(-columns // extension.PANEL_COLUMNS)
-    packed = weight.new_empty(panels, depth, extension.PANEL_COLUMNS)
-    extension.pack_linear(
+    if out is None:
+        out = weight.new_empty(panels_shape(columns, depth))
+    _extension.compiled().pack_linear(
         weight=weight.data_ptr(),
+        dtype=_extension.DTYPE_CODES[weight.dtype],
         stride=weight.stride(0),
         columns=columns,
         depth=depth,
-        packed=packed.data_ptr(),
+        packed=out.data_ptr(),
         num_threads=_extension.num_threads(),
     )
-    return packed
+    return out
 
 
 def packed_linear(input: Tensor, packed: Tensor, columns: int, bias: Tensor | None) -> Tensor:
     """input [..., K] times the weight that `pack` made of [N, K], plus bias [N]: [..., N].
 
-    All bfloat16. Sums are float32 in the order of K, rounded once; a row's result does not depend
-    on the other rows nor on the number of threads.
+    All bfloat16 or all float32. Sums are float32 in the order of K, rounded once; a row's result
+    does not depend on the other rows nor on the number of threads.
     """
     depth = packed.shape[1]
     rows = input.reshape(-1, depth)
@@ -170,6 +212,7 @@ def packed_linear(input: Tensor, packed: Tensor, columns: int, bias: Tensor | No
         packed=packed.data_ptr(),
         bias=_extension.address(bias),
         output=output.data_ptr(),
+        dtype=_extension.DTYPE_CODES[input.dtype],
         rows=rows.shape[0],
         columns=columns,
         depth=depth,
@@ -179,5 +222,5 @@ def packed_linear(input: Tensor, packed: Tensor, columns: int, bias: Tensor | No
     return output
 
 
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -103,7 +103,7 @@ def test_packed_linears_are_the_layers(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_widened_bfloat16_rounds_once(monkeypatch: pytest.MonkeyPatch, has_bias: bool) -> None:
-    monkeypatch.setattr(packed_linear, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(packed_linear, "multiplies_bfloat16", lambda: False)
     layer = torch.nn.Linear(300, 70, bias=has_bias).bfloat16()
     x = torch.randn(16, 1, 300, generator=torch.Generator().manual_seed(2)).bfloat16()
     with torch.inference_mode(), PackedLinears(layer).in_use():

@@ -98,9 +98,9 @@ def test_a_model_packed_on_any_cpu(
     monkeypatch: pytest.MonkeyPatch, known: bool, backend_name: str, generator: torch.Generator
 ) -> None:
     """With oneDNN's bfloat16, with our product, with float32 copies: the same layers."""
-    if known and not module._multiplies_bfloat16():
+    if known and not module.multiplies_bfloat16():
         pytest.skip("oneDNN does not multiply bfloat16 on this CPU")
-    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: known)
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda: known)
     monkeypatch.setenv("POWERKERNELS_BACKEND", backend_name)
     torch.manual_seed(5)
     layers, input = Layers(), drawn(generator, 7, 24)

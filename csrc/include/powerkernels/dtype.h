@@ -21,6 +21,15 @@ static inline int64_t element_size(DType dtype) {
   }
 }
 
+// Element i of an array; null stays null.
+static inline const void* element(const void* base, DType dtype, int64_t i) {
+  return base == nullptr ? nullptr : static_cast<const char*>(base) + i * element_size(dtype);
+}
+
+static inline void* element(void* base, DType dtype, int64_t i) {
+  return base == nullptr ? nullptr : static_cast<char*>(base) + i * element_size(dtype);
+}
+
 static inline float float_from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
