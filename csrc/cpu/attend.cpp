@@ -19,8 +19,6 @@ PK_INLINE void widen(const void* x, int64_t offset, int64_t n, float* out) {
   for (; i < padded_size(n); ++i) out[i] = 0.0f;
 }
 
-PK_INLINE float sum_lanes(F32 a) { return static_cast<float>(sum_of_lanes(a)); }
-
 // e^d for d <= 0.
 PK_INLINE F32 exp_of_negative(F32 d) {
   const F32 exponent = max(splat(-kMaxNegativeExponent), d * splat(kLog2E));
@@ -32,31 +30,85 @@ PK_INLINE float exp_of_negative(float d) {
   return lanes[0];
 }
 
+// Dot products of kQueries queries with kKeys keys, rows of `size` floats, into scores; so many at
+// a time that no product waits for the one before it.
+template <int kQueries, int kKeys>
+PK_INLINE void dots(const float* queries, const float* keys, int64_t size, float* scores) {
+  F32 sums[kQueries][kKeys];
+  for (int q = 0; q < kQueries; ++q) {
+    for (int j = 0; j < kKeys; ++j) sums[q][j] = splat(0.0f);
+  }
+  for (int64_t i = 0; i < size; i += F32::kWidth) {
+    F32 key[kKeys];
+    for (int j = 0; j < kKeys; ++j) key[j] = load(keys + j * size + i);
+    for (int q = 0; q < kQueries; ++q) {
+      const F32 query = load(queries + q * size + i);
+      for (int j = 0; j < kKeys; ++j) sums[q][j] = fma(query, key[j], sums[q][j]);
+    }
+  }
+  for (int q = 0; q < kQueries; ++q) {
+    for (int j = 0; j < kKeys; ++j)
+      scores[q * kAttentionChunk + j] = short_sum_of_lanes(sums[q][j]);
+  }
+}
+
+constexpr int kQueriesAtOnce = 3, kKeysAtOnce = 4;
+
+template <int kKeys>
+PK_INLINE void dots_of_all_queries(const AttentionHead& head, const AttentionScratch& scratch,
+                                   const float* keys, int64_t size, float* scores) {
+  int64_t g = 0;
+  for (; g + kQueriesAtOnce <= head.group; g += kQueriesAtOnce) {
+    dots<kQueriesAtOnce, kKeys>(scratch.query + g * size, keys, size, scores + g * kAttentionChunk);
+  }
+  for (; g < head.group; ++g) {
+    dots<1, kKeys>(scratch.query + g * size, keys, size, scores + g * kAttentionChunk);
+  }
+}
+
 // Scores of up to kAttentionChunk keys, one row of `scores` per query.
 template <DType dtype>
 PK_INLINE void score_chunk(const AttentionHead& head, const AttentionParams& params,
                            const AttentionScratch& scratch, int64_t first, int count) {
   const int64_t size = padded_size(params.head_size);
+  const auto key = [&](int j) { return scratch.rows + j * size; };
   for (int j = 0; j < count; ++j) {
-    widen<dtype>(head.key, (first + j) * head.key_stride, params.head_size, scratch.rows);
-    for (int64_t g = 0; g < head.group; ++g) {
-      F32 dot = splat(0.0f);
-      const float* query = scratch.query + g * size;
-      for (int64_t i = 0; i < size; i += F32::kWidth) {
-        dot = fma(load(query + i), load(scratch.rows + i), dot);
-      }
-      float score = sum_lanes(dot) * params.scale;
-      if (params.softcap != 0.0f) {
-        score = params.softcap * __builtin_tanhf(score / params.softcap);
-      }
-      scratch.scores[g * kAttentionChunk + j] = score;
-    }
+    widen<dtype>(head.key, (first + j) * head.key_stride, params.head_size, key(j));
   }
+  int j = 0;
+  for (; j + kKeysAtOnce <= count; j += kKeysAtOnce) {
+    dots_of_all_queries<kKeysAtOnce>(head, scratch, key(j), size, scratch.scores + j);
+  }
+  for (; j < count; ++j) {
+    dots_of_all_queries<1>(head, scratch, key(j), size, scratch.scores + j);
+  }
+  const F32 scale = splat(params.scale);
   for (int64_t g = 0; g < head.group; ++g) {
-    for (int j = count; j < kAttentionChunk; ++j) {
-      scratch.scores[g * kAttentionChunk + j] = -kInfinity;
+    float* scores = scratch.scores + g * kAttentionChunk;
+    for (j = count; j < kAttentionChunk; ++j) scores[j] = 0.0f;
+    for (j = 0; j < kAttentionChunk; j += F32::kWidth) store(scores + j, load(scores + j) * scale);
+    if (params.softcap != 0.0f) {
+      for (j = 0; j < count; ++j) {
+        scores[j] = params.softcap * __builtin_tanhf(scores[j] / params.softcap);
+      }
+    }
+    for (j = count; j < kAttentionChunk; ++j) scores[j] = -kInfinity;
+  }
+}
+
+// Adds to kVectors vectors of a query's output, times `keep`, its weights times the values' rows.
+template <int kVectors>
+PK_INLINE void add_values(const float* weight, const float* rows, int64_t stride, int count,
+                          F32 keep, float* out) {
+  F32 sums[kVectors];
+  for (int v = 0; v < kVectors; ++v) sums[v] = load(out + v * F32::kWidth) * keep;
+  for (int j = 0; j < count; ++j) {
+    const F32 w = splat(weight[j]);
+    for (int v = 0; v < kVectors; ++v) {
+      sums[v] = fma(w, load(rows + j * stride + v * F32::kWidth), sums[v]);
     }
   }
+  for (int v = 0; v < kVectors; ++v) store(out + v * F32::kWidth, sums[v]);
 }
 
 template <DType dtype>
@@ -103,14 +155,14 @@ void attend_as(const AttentionHead& head, const AttentionParams& params,
         sum = sum + e;
       }
       const float keep = before == now ? 1.0f : exp_of_negative(before - now);
-      total[g] = total[g] * keep + sum_lanes(sum);
+      total[g] = total[g] * keep + static_cast<float>(sum_of_lanes(sum));
       float* out = scratch.sums + g * value_floats;
-      for (int64_t i = 0; i < value_floats; i += F32::kWidth) {
-        F32 acc = load(out + i) * splat(keep);
-        for (int j = 0; j < count; ++j) {
-          acc = fma(splat(weight[j]), load(scratch.rows + j * value_floats + i), acc);
-        }
-        store(out + i, acc);
+      int64_t i = 0;
+      for (; i + 8 * F32::kWidth <= value_floats; i += 8 * F32::kWidth) {
+        add_values<8>(weight, scratch.rows + i, value_floats, count, splat(keep), out + i);
+      }
+      for (; i < value_floats; i += F32::kWidth) {
+        add_values<1>(weight, scratch.rows + i, value_floats, count, splat(keep), out + i);
       }
     }
   }

@@ -41,8 +41,8 @@ class PowerSamplingConfig:
             current completion, there is no length term, Σ w of the current completion ends where
             the proposal does, and a chain is over at the end of the block in which it has its EOS.
             None is p^alpha.
-        num_lanes: rows of the static batch; >= 1. None is the number of chains, at least 8 with
-            `prefetch` and at most 16.
+        num_lanes: rows of the static batch; >= 1. None is the number of chains, with `prefetch` at
+            least 8 (4 on a CPU), and at most 16.
         device_loop: whether a GPU runs the loop over model steps itself, in one CUDA graph. None is
             yes where that is possible, else the host does, with a warning that says why. True
             raises instead.
