@@ -90,7 +90,7 @@ bench-report: $(INSTALLED) ## plots and bench/RESULTS.md from the JSON of bench/
 	$(BENCH) plot
 	$(BENCH) report
 
-check: format-check lint types test $(if $(WITH_VLLM),test-integrations) ## format, lint, types, tests: what CI runs; WITH_VLLM=1 adds test-integrations
+check: format-check lint types test $(if $(WITH_VLLM),test-integrations) ## format, lint, types, tests; WITH_VLLM=1, as CI runs it, adds test-integrations
 
 format: $(INSTALLED) ## rewrite the sources as the formatters want them
 	$(BIN)/ruff format $(wildcard $(PYTHON_FILES))

@@ -20,7 +20,7 @@ COMMANDS = {
     "sampler_cpu.json": "python bench/power_sampling/compare_sampler.py --runs both "
     "'early rejection' 'shared-prefix skip' neither --peer PATH --output {file}",
     "sampler_latency_cpu.json": "python bench/power_sampling/compare_sampler.py --runs "
-    "'one prompt, 1 lane' 'one prompt, 8 lanes' --output {file}",
+    "'one prompt, 1 lane' 'one prompt, 4 lanes' 'one prompt, 8 lanes' --output {file}",
     "sampler_revision_cpu.json": "python bench/power_sampling/compare_sampler.py --runs both "
     "--dtype float32 --revision CHECKOUT --output {file}",
     "vllm_cpu.json": ".venv-integrations/bin/python bench/power_sampling/compare_vllm.py "

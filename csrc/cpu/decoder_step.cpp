@@ -2,6 +2,8 @@
 #include "powerkernels/decoder_step.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "powerkernels/decode_attention.h"
@@ -69,6 +71,13 @@ void DecoderStep::operator()(const void* embedded, const void* cos, const void* 
   const DecoderShape& s = shape_;
   const DType dtype = s.dtype;
   const int64_t group = s.heads / s.kv_heads;
+  for (int64_t lane = 0; lane < s.lanes; ++lane) {
+    if (position[lane] < 0 || position[lane] >= s.positions) {
+      throw std::out_of_range("position " + std::to_string(position[lane]) + " of lane " +
+                              std::to_string(lane) + " is not in a cache of " +
+                              std::to_string(s.positions));
+    }
+  }
 
   const auto normalize_lanes = [&](Team& team, const void* weight) {
     team.run(s.lanes, [&](int64_t lane) {

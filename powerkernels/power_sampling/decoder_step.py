@@ -120,7 +120,11 @@ class DecoderStep:
         )
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """int64 tokens [C] at int64 positions [C] to their logits [C, V], as the model's dtype."""
+        """int64 tokens [C] at int64 positions [C] to their logits [C, V], in the model's dtype.
+
+        Raises:
+            IndexError: a token or a position that there is not.
+        """
         embedded = self._embedding(tokens).contiguous()
         cos, sin = self._rotary(embedded[:, None], positions[:, None])
         cos, sin = cos.contiguous(), sin.contiguous()

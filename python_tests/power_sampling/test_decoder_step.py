@@ -159,6 +159,14 @@ def test_non_finite_values_stay_in_their_lane(generator: torch.Generator) -> Non
     assert torch.equal(logits[others], clean[others])
 
 
+@pytest.mark.parametrize("position", [-1, 6])
+def test_a_position_outside_the_cache_is_refused(position: int) -> None:
+    lanes = TransformersLaneModel(make(), 2, 6)
+    message = f"position {position} of lane 1 is not in a cache of 6"
+    with lanes.running(), pytest.raises(IndexError, match=message):
+        lanes.step(torch.tensor([1, 2]), torch.tensor([0, position]))
+
+
 def test_which_models_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decoder_step.why_not(make()) is None
     gelu = make(hidden_act="gelu")

@@ -46,7 +46,8 @@ class DecoderStep {
               const DecoderLinear& head);
 
   // embedded [lanes, hidden], cos and sin [lanes, head_size] of the rotary positions, position
-  // int64 [lanes] in [0, positions), logits [lanes, head.columns]; all contiguous.
+  // int64 [lanes] in [0, positions), logits [lanes, head.columns]; all contiguous. Throws
+  // std::out_of_range for a position outside.
   void operator()(const void* embedded, const void* cos, const void* sin, const int64_t* position,
                   void* logits, int num_threads);
 
