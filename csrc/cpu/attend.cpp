@@ -157,9 +157,10 @@ void attend_as(const AttentionHead& head, const AttentionParams& params,
       const float keep = before == now ? 1.0f : exp_of_negative(before - now);
       total[g] = total[g] * keep + static_cast<float>(sum_of_lanes(sum));
       float* out = scratch.sums + g * value_floats;
+      constexpr int kVectors = 64 / F32::kWidth;  // so many sums hide the products' latency
       int64_t i = 0;
-      for (; i + 8 * F32::kWidth <= value_floats; i += 8 * F32::kWidth) {
-        add_values<8>(weight, scratch.rows + i, value_floats, count, splat(keep), out + i);
+      for (; i + kVectors * F32::kWidth <= value_floats; i += kVectors * F32::kWidth) {
+        add_values<kVectors>(weight, scratch.rows + i, value_floats, count, splat(keep), out + i);
       }
       for (; i < value_floats; i += F32::kWidth) {
         add_values<1>(weight, scratch.rows + i, value_floats, count, splat(keep), out + i);
