@@ -164,7 +164,8 @@ def public_sampler(job: Job) -> Call:
     from bench.power_sampling.compare_sampler import public_module
 
     module = public_module(PUBLIC_SAMPLER[0])
-    tokenizer = SimpleNamespace(eos_token_id=-1, pad_token_id=0, decode=lambda *a, **k: "")
+    never = job.model.config.vocab_size  # no token, so that no completion ends early
+    tokenizer = SimpleNamespace(eos_token_id=never, pad_token_id=0, decode=lambda *a, **k: "")
     sampler = module.AutoregressiveSampler(job.model, tokenizer, job.model.device)
 
     def call() -> Outputs:
