@@ -48,7 +48,7 @@ PK_INLINE void dots(const float* queries, const float* keys, int64_t size, float
   }
   for (int q = 0; q < kQueries; ++q) {
     for (int j = 0; j < kKeys; ++j)
-      scores[q * kAttentionChunk + j] = short_sum_of_lanes(sums[q][j]);
+      scores[q * kAttentionChunk + j] = static_cast<float>(sum_of_lanes(sums[q][j]));
   }
 }
 

@@ -77,8 +77,6 @@ PK_INLINE double sum_of_lanes(F32 a) {
   const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
   return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
 }
-// Added as floats, in a fixed tree.
-PK_INLINE float short_sum_of_lanes(F32 a) { return _mm512_reduce_add_ps(a.v); }
 
 #elif defined(PK_SIMD_avx2)
 
@@ -149,11 +147,6 @@ PK_INLINE double sum_of_lanes(F32 a) {
   const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
   return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
 }
-PK_INLINE float short_sum_of_lanes(F32 a) {
-  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
 
 #else
 
@@ -211,11 +204,6 @@ PK_INLINE float max_of_lanes(F32 a) {
 }
 PK_INLINE double sum_of_lanes(F32 a) {
   double sum = 0.0;
-  for (int i = 0; i < F32::kWidth; ++i) sum += a.v[i];
-  return sum;
-}
-PK_INLINE float short_sum_of_lanes(F32 a) {
-  float sum = 0.0f;
   for (int i = 0; i < F32::kWidth; ++i) sum += a.v[i];
   return sum;
 }
