@@ -47,8 +47,12 @@ PK_INLINE void dots(const float* queries, const float* keys, int64_t size, float
     }
   }
   for (int q = 0; q < kQueries; ++q) {
-    for (int j = 0; j < kKeys; ++j)
-      scores[q * kAttentionChunk + j] = static_cast<float>(sum_of_lanes(sums[q][j]));
+    float* row = scores + q * kAttentionChunk;
+    if constexpr (kKeys == 4) {
+      store_sums_of_lanes(row, sums[q]);
+    } else {
+      for (int j = 0; j < kKeys; ++j) row[j] = static_cast<float>(sum_of_lanes(sums[q][j]));
+    }
   }
 }
 

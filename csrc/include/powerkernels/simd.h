@@ -71,11 +71,12 @@ PK_INLINE int store_at_least(float* p, F32 a, F32 bound) {
   return __builtin_popcount(kept);
 }
 PK_INLINE float max_of_lanes(F32 a) { return _mm512_reduce_max_ps(a.v); }
-// Lanes are added as doubles, in a fixed tree.
-PK_INLINE double sum_of_lanes(F32 a) {
+// Four sums of lanes, as doubles, whose sum is that of all.
+PK_INLINE __m256d sums_of_quarters(F32 a) {
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v));
   const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
-  return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+  const __m512d sum = _mm512_add_pd(low, high);
+  return _mm256_add_pd(_mm512_castpd512_pd256(sum), _mm512_extractf64x4_pd(sum, 1));
 }
 
 #elif defined(PK_SIMD_avx2)
@@ -141,11 +142,9 @@ PK_INLINE float max_of_lanes(F32 a) {
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));
   return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
-PK_INLINE double sum_of_lanes(F32 a) {
-  const __m256d sum = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)),
-                                    _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
-  const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
-  return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
+PK_INLINE __m256d sums_of_quarters(F32 a) {
+  return _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)),
+                       _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
 }
 
 #else
@@ -207,7 +206,28 @@ PK_INLINE double sum_of_lanes(F32 a) {
   for (int i = 0; i < F32::kWidth; ++i) sum += a.v[i];
   return sum;
 }
+PK_INLINE void store_sums_of_lanes(float* p, const F32 (&a)[4]) {
+  for (int i = 0; i < 4; ++i) p[i] = static_cast<float>(sum_of_lanes(a[i]));
+}
 
+#endif
+
+#if defined(PK_SIMD_avx512) || defined(PK_SIMD_avx2)
+// Lanes are added as doubles, in a fixed tree.
+PK_INLINE double sum_of_lanes(F32 a) {
+  const __m256d sum = sums_of_quarters(a);
+  const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
+}
+// The sums of lanes of four vectors, rounded to float; the same tree for each.
+PK_INLINE void store_sums_of_lanes(float* p, const F32 (&a)[4]) {
+  const auto pairs = [](__m256d x, __m256d y) {  // two sums of x, then two of y
+    return _mm256_add_pd(_mm256_permute2f128_pd(x, y, 0x20), _mm256_permute2f128_pd(x, y, 0x31));
+  };
+  const __m256d even = pairs(sums_of_quarters(a[0]), sums_of_quarters(a[2]));
+  const __m256d odd = pairs(sums_of_quarters(a[1]), sums_of_quarters(a[3]));
+  _mm_storeu_ps(p, _mm256_cvtpd_ps(_mm256_hadd_pd(even, odd)));
+}
 #endif
 
 // While it lives, results below the normal numbers are 0: powers of a small exponential end there,
