@@ -26,7 +26,7 @@ COMMANDS = {
     "vllm_cpu.json": ".venv-integrations/bin/python bench/power_sampling/compare_vllm.py "
     "--dtype float32 --output {file}",
     "public_sampler_cpu.json": "python bench/power_sampling/compare_public_sampler.py --peer PATH "
-    "--peer-prompts 4 9 --output {file}",
+    "--seeds 0 1 2 --output {file}",
     "public_law_cpu.json": "python bench/power_sampling/compare_public_law.py --peer PATH "
     "--output {file}",
 }

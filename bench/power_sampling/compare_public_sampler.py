@@ -1,18 +1,22 @@
 """`mcmc_power_samp` beside the public function of that name, on SmolLM2 and the same prompts.
 
-    python bench/power_sampling/compare_public_sampler.py --peer PATH --peer-prompts 4 9 \\
+    python bench/power_sampling/compare_public_sampler.py --peer PATH --seeds 0 1 2 \\
         --output bench/results/public_sampler_cpu.json
 
 PATH is the folder of aakaran/reasoning-with-sampling that holds power_samp_utils.py; it runs as it
-is. Ours runs with compat="reference": the public function's own law. First one prompt after the
-other, then all sixteen at once; each in a process of its own. Settings, prompts and the care taken
-of the public function's EOS test are those of compare_sampler.py.
+is, with the first of the seeds. Ours runs with compat="reference": the public function's own law,
+so that the length of a chain is random in the same way; it still varies several times over between
+prompts and seeds, and a few chains say little. First one prompt after the other, then all of them
+at once; each in a process of its own. Settings, prompts and the care taken of the public function's
+EOS test are those of compare_sampler.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -22,41 +26,46 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.power_sampling import compare_sampler as common
 
+ONE_BY_ONE, AT_ONCE, PUBLIC = "ours, one by one", "ours, all at once", "public"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--peer", type=Path, help="folder with the public power_samp_utils.py")
     parser.add_argument(
-        "--peer-prompts", type=int, nargs="+", default=[4], help="numbers of the prompts it runs"
+        "--prompts",
+        type=int,
+        nargs="+",
+        default=list(range(len(common.PROMPTS))),
+        help="numbers of the prompts (default: all)",
     )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
         print(json.dumps(run(options)))
         return
     results = {}
-    for name in [
-        "ours, one by one",
-        "ours, sixteen at once",
-        *(["public"] if options.peer else []),
-    ]:
+    for name in [ONE_BY_ONE, AT_ONCE, *([PUBLIC] if options.peer else [])]:
         command = [sys.executable, __file__, "--only", name]
-        command += ["--peer-prompts", *map(str, options.peer_prompts)]
+        command += ["--prompts", *map(str, options.prompts), "--seeds", *map(str, options.seeds)]
         if options.peer:
             command += ["--peer", str(options.peer)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         results[name] = json.loads(output.splitlines()[-1])
         print(f"{name}: {results[name]}", flush=True)
     if options.peer:
-        peer = results["public"]["seconds_per_prompt"]
-        for name in list(results)[:2]:
-            faster = peer / results[name]["seconds_per_prompt"]
-            results[name]["times_faster"] = faster
-            print(f"{name}: {faster:.1f} x faster than the public function")
+        for name in (ONE_BY_ONE, AT_ONCE):
+            ours, public = results[name], results[PUBLIC]
+            for unit in ("prompt", "kept_token"):
+                faster = public[f"seconds_per_{unit}"] / ours[f"seconds_per_{unit}"]
+                ours[f"times_faster_per_{unit}"] = faster
+                print(f"{name}: {faster:.1f} x faster than the public function, per {unit}")
     report = {
         "environment": common.environment(),
-        "settings": common.settings("bfloat16") | {"prompts": options.peer_prompts},
+        "settings": common.settings("bfloat16")
+        | {"prompts": options.prompts, "seeds": options.seeds},
         "results": results,
     }
     if options.output:
@@ -65,17 +74,32 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> dict:
-    chosen = [common.PROMPTS[i] for i in options.peer_prompts]
-    if options.only == "public":
+    chosen = [common.PROMPTS[i] for i in options.prompts]
+    if options.only == PUBLIC:
         common.PROMPTS = chosen
-        return common.peer(argparse.Namespace(peer=options.peer, peer_prompts=len(chosen)))
-    if options.only == "ours, one by one":
-        return ours([[text] for text in chosen])
-    return ours([common.PROMPTS])
+        return with_rates(
+            common.peer(
+                argparse.Namespace(
+                    peer=options.peer, peer_prompts=len(chosen), seed=options.seeds[0]
+                )
+            )
+        )
+    if options.only == ONE_BY_ONE:
+        return with_rates(ours([[text] for text in chosen], options.seeds))
+    return with_rates(ours([chosen], options.seeds))
 
 
-def ours(batches: list[list[str]]) -> dict:
-    """Each batch of prompts in a call of its own."""
+def with_rates(result: dict) -> dict:
+    """`result` with its time per token kept, and how far its mean time per call may be off."""
+    calls = result["seconds_of_each"]
+    result["seconds_per_kept_token"] = result["seconds"] / result["kept_tokens"]
+    if len(calls) > 1:
+        result["standard_error_of_a_call"] = statistics.stdev(calls) / len(calls) ** 0.5
+    return result
+
+
+def ours(batches: list[list[str]], seeds: list[int]) -> dict:
+    """Each batch of prompts in a call of its own, with each seed."""
     from types import SimpleNamespace
 
     import torch
@@ -86,7 +110,7 @@ def ours(batches: list[list[str]]) -> dict:
     model, tokenizer = load_smollm2(dtype=torch.bfloat16)
     p = SimpleNamespace(model=model, tokenizer=tokenizer, device=torch.device("cpu"))
     seconds, kept, acceptance, num_prompts = [], 0, [], 0
-    for texts in batches:
+    for seed, texts in itertools.product(seeds, batches):
         contexts = [common.prompt_ids(tokenizer, text) for text in texts]
         started = time.perf_counter()
         samples = public_sampler.mcmc_power_samp_batch(
@@ -97,7 +121,7 @@ def ours(batches: list[list[str]]) -> dict:
             common.MAX_NEW_TOKENS,
             common.NUM_BLOCKS,
             compat="reference",
-            seed=0,
+            seed=seed,
         )
         seconds.append(time.perf_counter() - started)
         num_prompts += len(texts)
@@ -108,6 +132,7 @@ def ours(batches: list[list[str]]) -> dict:
         "seconds": sum(seconds),
         "prompts": num_prompts,
         "seconds_per_prompt": sum(seconds) / num_prompts,
+        "seconds_of_each": seconds,
         "kept_tokens": kept,
         "acceptance_rate": sum(acceptance) / len(acceptance),
     }

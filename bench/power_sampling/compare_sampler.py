@@ -205,9 +205,10 @@ def peer(options: argparse.Namespace) -> dict:
     power_samp_utils = public_module(options.peer)
     sampler = power_samp_utils.AutoregressiveSampler(model, tokenizer, torch.device("cpu"))
     prompts = [prompt_ids(tokenizer, text) for text in PROMPTS[: options.peer_prompts]]
-    random.seed(0)
-    numpy.random.seed(0)
-    torch.manual_seed(0)
+    seed = getattr(options, "seed", 0)
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
     decoded = 0
     generate = model.generate
 
@@ -232,6 +233,7 @@ def peer(options: argparse.Namespace) -> dict:
         "seconds": sum(seconds),
         "prompts": len(prompts),
         "seconds_per_prompt": sum(seconds) / len(prompts),
+        "seconds_of_each": seconds,
         "decoded_tokens": decoded,
         "kept_tokens": kept,
         "tokens_per_second": decoded / sum(seconds),
