@@ -171,7 +171,12 @@ def _runs(path: Path, data: Any) -> Iterator[str]:
     settings = (f"{name} {value}" for name, value in data["settings"].items())
     yield "Settings: " + ", ".join(settings) + "."
     runs = data["results"]
-    names = list(dict.fromkeys(name for run in runs.values() for name in run))
+    # Not the time of each call: the file has it.
+    names = list(
+        dict.fromkeys(
+            n for run in runs.values() for n, value in run.items() if not isinstance(value, list)
+        )
+    )
     header = ["", *(name.replace("_", " ") for name in names)]
     lines = [
         _line([run, *(_number(values.get(name)) for name in names)]) for run, values in runs.items()

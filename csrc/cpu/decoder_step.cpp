@@ -14,9 +14,6 @@
 namespace powerkernels {
 
 PK_SIMD_DECLARE(
-    void widen(DType dtype, const void* x, int64_t n, float* out);
-    void multiply_panels(const LinearTask& task);
-    void store_sums(DType dtype, const float* sums, const void* bias, int64_t n, void* out);
     void round_sums(DType dtype, const float* sums, const void* bias, int64_t n, float* out);
     void add_sums(DType dtype, const float* sums, const void* bias, int64_t n, float* out);
     void gate_sums(DType dtype, const float* gate, const void* gate_bias, const float* up,

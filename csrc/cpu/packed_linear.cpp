@@ -10,14 +10,8 @@
 #include <vector>
 
 #include "powerkernels/parallel.h"
-#include "powerkernels/simd_level.h"
 
 namespace powerkernels {
-
-PK_SIMD_DECLARE(void widen(DType dtype, const void* x, int64_t n, float* out);
-                void multiply_panels(const LinearTask& task);
-                void store_sums(DType dtype, const float* sums, const void* bias, int64_t n,
-                                void* out))
 
 namespace {
 

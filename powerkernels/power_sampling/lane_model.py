@@ -158,8 +158,10 @@ class TransformersLaneModel:
                 positions = torch.full((self.num_lanes,), position)
                 own = self._step_of_modules(tokens, positions)
                 distance = (decoder(tokens, positions).double() - own.double()).norm()
-        if distance <= TOLERANCE[own.dtype] * own.double().norm():
-            return decoder
+                if not distance <= TOLERANCE[own.dtype] * own.double().norm():
+                    break
+            else:
+                return decoder
         warnings.warn(
             f"the compiled step of {type(self._model).__name__} makes other logits than the model "
             "itself: the model's own modules are used, which are slower",

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "powerkernels/dtype.h"
+#include "powerkernels/simd_level.h"
 
 namespace powerkernels {
 
@@ -49,5 +50,12 @@ struct LinearTask {
   float* sums;         // [rows, panels * kPanelColumns], contiguous
   int64_t rows, depth, panels;
 };
+
+PK_SIMD_DECLARE(
+    // n elements as floats.
+    void widen(DType dtype, const void* x, int64_t n, float* out);
+    void multiply_panels(const LinearTask& task);
+    // Sums plus bias (or null), rounded to the dtype.
+    void store_sums(DType dtype, const float* sums, const void* bias, int64_t n, void* out))
 
 }  // namespace powerkernels
