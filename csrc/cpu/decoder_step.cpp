@@ -13,18 +13,19 @@
 
 namespace powerkernels {
 
-PK_SIMD_DECLARE(
-    void round_sums(DType dtype, const float* sums, const void* bias, int64_t n, float* out);
-    void add_sums(DType dtype, const float* sums, const void* bias, int64_t n, float* out);
-    void gate_sums(DType dtype, const float* gate, const void* gate_bias, const float* up,
-                   const void* up_bias, int64_t n, float* out);
-    void normalize(DType dtype, const float* x, const void* weight, int64_t n, float epsilon,
-                   float* out);
-    void rotate(DType dtype, const float* x, const float* cos, const float* sin, int64_t n,
-                void* out);
-    void narrow(DType dtype, const float* x, int64_t n, void* out);
-    void attend(const AttentionHead& head, const AttentionParams& params,
-                const AttentionScratch& scratch))
+PK_SIMD_DECLARE(void round_sums(DType dtype, const float* sums, const void* bias, int64_t n,
+                                float* out);
+                void add_sums(DType dtype, const float* sums, const void* bias, int64_t n,
+                              float* out);
+                void gate_sums(DType dtype, const float* gate, const void* gate_bias,
+                               const float* up, const void* up_bias, int64_t n, float* out);
+                void normalize(DType dtype, const float* x, const void* weight, int64_t n,
+                               float epsilon, float* out);
+                void rotate(DType dtype, const float* x, const float* cos, const float* sin,
+                            int64_t n, void* out);
+                void narrow(DType dtype, const float* x, int64_t n, void* out);
+                void attend(const AttentionHead& head, const AttentionParams& params,
+                            const AttentionScratch& scratch))
 
 namespace {
 
