@@ -72,13 +72,8 @@ def run(options: argparse.Namespace) -> dict:
     chosen = [common.PROMPTS[i] for i in options.prompts]
     if options.only == PUBLIC:
         common.PROMPTS = chosen
-        return with_rates(
-            common.peer(
-                argparse.Namespace(
-                    peer=options.peer, peer_prompts=len(chosen), seed=options.seeds[0]
-                )
-            )
-        )
+        settings = argparse.Namespace(peer=options.peer, peer_prompts=len(chosen))
+        return with_rates(common.peer(settings, seed=options.seeds[0]))
     if options.only == ONE_BY_ONE:
         return with_rates(ours([[text] for text in chosen], options.seeds))
     return with_rates(ours([chosen], options.seeds))

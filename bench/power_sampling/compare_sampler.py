@@ -195,7 +195,7 @@ def one_by_one(num_lanes: int, dtype: str) -> dict:
     }
 
 
-def peer(options: argparse.Namespace) -> dict:
+def peer(options: argparse.Namespace, seed: int = 0) -> dict:
     import numpy
     import torch
 
@@ -205,7 +205,6 @@ def peer(options: argparse.Namespace) -> dict:
     power_samp_utils = public_module(options.peer)
     sampler = power_samp_utils.AutoregressiveSampler(model, tokenizer, torch.device("cpu"))
     prompts = [prompt_ids(tokenizer, text) for text in PROMPTS[: options.peer_prompts]]
-    seed = getattr(options, "seed", 0)
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)

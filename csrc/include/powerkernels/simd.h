@@ -219,7 +219,7 @@ PK_INLINE double sum_of_lanes(F32 a) {
   const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
   return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
 }
-// The sums of lanes of four vectors, rounded to float; the same tree for each.
+// sum_of_lanes of four vectors, rounded to float: the same tree for each, so the same bits.
 PK_INLINE void store_sums_of_lanes(float* p, const F32 (&a)[4]) {
   const auto pairs = [](__m256d x, __m256d y) {  // two sums of x, then two of y
     return _mm256_add_pd(_mm256_permute2f128_pd(x, y, 0x20), _mm256_permute2f128_pd(x, y, 0x31));
