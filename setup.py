@@ -1,4 +1,4 @@
-"""Builds powerkernels._C with CMake; the metadata is in pyproject.toml.
+"""Builds powerkernels._C with CMake (csrc/build.py); the metadata is in pyproject.toml.
 
 POWERKERNELS_CUDA=auto|on|off decides about the CUDA part: auto (the default) builds it where there
 is an nvcc, on fails without one, off leaves it out. Nothing here asks for a GPU.
@@ -10,17 +10,29 @@ passed on, e.g. CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=90".
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import shlex
-import shutil
-import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+
+def builder() -> ModuleType:
+    """csrc/build.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+csrc_build = builder()
 
 
 class CMakeExtension(Extension):
@@ -35,21 +47,22 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         cuda = os.environ.get("POWERKERNELS_CUDA", "auto").lower()
-        if cuda not in ("auto", "on", "off"):
+        if cuda not in csrc_build.CUDA:
             raise SystemExit(f"POWERKERNELS_CUDA must be auto, on or off, got {cuda!r}")
+        has_nvcc = csrc_build.find_nvcc() is not None
         try:
-            self._build(ext, cuda)
+            self._build(ext, cuda == "on" or (cuda == "auto" and has_nvcc))
             return
-        except (OSError, ImportError, RuntimeError, subprocess.CalledProcessError) as error:
+        except csrc_build.BuildError as error:
             if cuda == "on":
                 raise SystemExit(f"POWERKERNELS_CUDA=on, and the build failed: {error}") from error
             reason = error
-        if cuda == "auto" and find_nvcc():
+        if cuda == "auto" and has_nvcc:
             warn(f"the build with CUDA failed ({reason}); trying without")
             try:
-                self._build(ext, "off")
+                self._build(ext, False)
                 return
-            except (OSError, ImportError, RuntimeError, subprocess.CalledProcessError) as error:
+            except csrc_build.BuildError as error:
                 reason = error
         # A stale module must not pass for the one that failed to build.
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
@@ -59,68 +72,16 @@ class CMakeBuild(build_ext):
             "  For the compiled part: install g++ or clang++, then install powerkernels again."
         )
 
-    def _build(self, ext: Extension, cuda: str) -> None:
-        import pybind11
-
-        nvcc = None if cuda == "off" else find_nvcc()
-        if cuda == "on" and nvcc is None:
-            raise RuntimeError("nvcc is neither on PATH nor under CUDA_HOME or CUDA_PATH")
-        cmake = find_tool("cmake")
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # One folder per Python and choice of CUDA: rebuilds in the tree compile only what changed.
-        tag = f"{sys.implementation.cache_tag}-{'cuda' if nvcc else 'cpu'}"
-        build = ROOT / "build" / f"cmake-{tag}"
-        build.mkdir(parents=True, exist_ok=True)
-        configure = [
-            cmake,
-            "-S",
-            str(ROOT),
-            "-B",
-            str(build),
-            "-G",
-            "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
-            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DPOWERKERNELS_CUDA={'ON' if nvcc else 'OFF'}",
-            f"-DPOWERKERNELS_VERSION={self.distribution.get_version()}",
-            f"-DPOWERKERNELS_MODULE_NAME={target.name}",
-        ]
-        if nvcc:
-            configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
-        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        subprocess.run(configure, check=True)
-        chosen = "CMAKE_BUILD_PARALLEL_LEVEL" in os.environ
-        jobs = [] if chosen else ["-j", str(os.cpu_count() or 1)]
-        subprocess.run([cmake, "--build", str(build), *jobs], check=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Replaced, not overwritten: a running process may have the old file mapped.
-        fresh = target.with_name(target.name + ".new")
-        shutil.copy2(build / target.name, fresh)
-        fresh.replace(target)
+    def _build(self, ext: Extension, cuda: bool) -> None:
+        csrc_build.build(
+            Path(self.get_ext_fullpath(ext.name)).resolve(),
+            version=self.distribution.get_version(),
+            cuda=cuda,
+            debug=bool(self.debug),
+        )
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
-
-
-def find_tool(name: str) -> str:
-    """The program of that name: on PATH, else from its Python package."""
-    found = shutil.which(name)
-    if found is None:
-        module = __import__(name)
-        suffix = ".exe" if sys.platform == "win32" else ""
-        directory = getattr(module, "CMAKE_BIN_DIR", None) or getattr(module, "BIN_DIR", "")
-        found = shutil.which(str(Path(directory) / f"{name}{suffix}"))
-    if found is None:
-        raise RuntimeError(f"{name} was not found")
-    return found
-
-
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    inside = shutil.which(str(Path(home) / "bin" / "nvcc")) if home else None
-    return inside or shutil.which("nvcc")
 
 
 def warn(text: str) -> None:

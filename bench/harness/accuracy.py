@@ -33,7 +33,7 @@ def check(
         raise WrongResultError(f"nothing to compare: it returns {', '.join(found) or 'nothing'}")
     errors = {}
     for name in shared:
-        value, exact = found[name], expected[name]
+        value, exact = found[name].detach(), expected[name].detach()
         if value.shape != exact.shape:
             raise WrongResultError(
                 f"{name} has shape {list(value.shape)}, expected {list(exact.shape)}"
@@ -52,7 +52,7 @@ def check(
 
 def _error(value: Tensor, exact: Tensor) -> float:
     """Largest difference; infinite where one is not finite and the other is not the same."""
-    value, exact = value.detach().to(exact.device).double(), exact.double()
+    value, exact = value.detach().to(exact.device).double(), exact.detach().double()
     if value.numel() == 0:
         return 0.0
     same = (value == exact) | (value.isnan() & exact.isnan())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -16,6 +17,8 @@ import powerkernels
 from powerkernels import _extension
 
 ROOT = Path(__file__).resolve().parents[2]
+# The commit of a tree that was copied without its history.
+COMMIT = "POWERKERNELS_COMMIT"
 DISTRIBUTIONS = (
     "triton",
     "numpy",
@@ -34,8 +37,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     module = _extension.extension()
     return {
         "powerkernels": powerkernels.__version__,
-        "commit": git("rev-parse", "HEAD"),
-        "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        **_commit(),
         "device": device_name(device),
         "device_type": device.type,
         "driver": _nvidia_smi("driver_version") if device.type == "cuda" else None,
@@ -48,6 +50,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         **{name: found for name in DISTRIBUTIONS if (found := _version(name))},
         "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _commit() -> dict[str, Any]:
+    """The commit, and whether the tree has changed since: None where nobody says."""
+    head = git("rev-parse", "HEAD")
+    if head is None:
+        return {"commit": os.environ.get(COMMIT), "changed": None}
+    return {
+        "commit": head,
+        "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
     }
 
 

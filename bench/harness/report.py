@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import record
 from bench.harness import plots, results, table
 from bench.harness.results import Row
 
@@ -61,6 +62,8 @@ def _writer(path: Path, data: Any) -> Callable[[Path, Any], Iterator[str]]:
     if isinstance(data, dict):
         if results.KEY in data:
             return _suite
+        if record.KEY in data:
+            return _record
         if "benchmarks" in data:
             return _pytest_benchmark
         if "results" in data:
@@ -134,6 +137,35 @@ def _pictures(path: Path) -> Iterator[str]:
     pictures = sorted(plots.FOLDER.glob(f"{path.stem}-*.png"))
     if pictures:
         yield "\n".join(f"![{picture.stem}](plots/{picture.name})" for picture in pictures)
+
+
+# ---- what a target of bench.gpu did
+
+
+def _record(path: Path, data: Any) -> Iterator[str]:
+    found = record.load(path)
+    environment, target = found["environment"], found[record.KEY]["target"]
+    if environment["rehearsal"]:
+        raise ValueError(f"{path} is a rehearsal's: nothing in it was measured")
+    yield f"    make gpu-{target} OUT=FOLDER"
+    yield _environment({**environment, "rehearsal": None})
+    lines = [
+        _line([name, step["status"], _number(step.get("seconds")), step.get("detail") or ""])
+        for name, step in found["steps"].items()
+    ]
+    yield "\n".join([_head(["step", "outcome", "seconds", ""]), *lines])
+    for name, step in found["steps"].items():
+        if "tick" in step:
+            yield f"{name}, milliseconds:"
+            yield _tick(step["tick"])
+
+
+def _tick(found: dict[str, Any]) -> str:
+    rows = [
+        _line([name, value["why_not"] if isinstance(value, dict) else _number(value)])
+        for name, value in found["milliseconds"].items()
+    ]
+    return "\n".join([_head([f"{found['lanes']} lanes", "a tick"]), *rows])
 
 
 # ---- files of the other benches

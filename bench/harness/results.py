@@ -25,6 +25,8 @@ SCHEMA = 1
 KEY = "suite"
 # A file goes on with --resume only where these are as they were.
 SAME = ("commit", "changed", "device", "threads", "torch")
+# The device of a rehearsal's file, whose times are none.
+STUB_DEVICE = "none (stub clock)"
 
 
 class Row(NamedTuple):
@@ -84,7 +86,7 @@ class Document:
         fresh = cls(environment, command, path)
         if not path.exists():
             return fresh
-        found = load(path)
+        found = load(path, stub_clock=environment.get("device") == STUB_DEVICE)
         before = found[KEY]["environment"]
         other = [name for name in SAME if before.get(name) != environment.get(name)]
         if other:
@@ -163,11 +165,12 @@ def row(
     }
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A file of this suite.
+def load(path: Path, *, stub_clock: bool = False) -> dict[str, Any]:
+    """A file of this suite; with `stub_clock` a rehearsal's too.
 
     Raises:
-        ValueError: there is no such file, it is no JSON, or of another program or schema.
+        ValueError: there is no such file, it is no JSON, or of another program or schema, or its
+            times were not measured.
     """
     data = read_json(path)
     suite = data.get(KEY) if isinstance(data, dict) else None
@@ -178,6 +181,8 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} has schema {suite['schema']!r}, and this version reads schema {SCHEMA}; "
             "measure again, or use the version that wrote it"
         )
+    if not stub_clock and suite["environment"].get("device") == STUB_DEVICE:
+        raise ValueError(f"{path} is a rehearsal's: its times were not measured")
     return data
 
 

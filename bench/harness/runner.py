@@ -94,7 +94,7 @@ class _Measurement:
         variants = {
             variant.name: variant for variant in self._kernel.variants if self._runs(variant)
         }
-        expectation = _Expectation(self._kernel, inputs)
+        expectation = Expectation(self._kernel, inputs)
         calls: dict[str, list[Call]] = {}
         for name, variant in variants.items():
             with self._guarded(name):
@@ -110,7 +110,7 @@ class _Measurement:
         _collect(device)
         return made
 
-    def _right(self, variant: Variant, sets: list[Any], expectation: _Expectation) -> list[Call]:
+    def _right(self, variant: Variant, sets: list[Any], expectation: Expectation) -> list[Call]:
         """Calls of the variant on all sets, once its result is found right and its memory known."""
         device, results = self._settings.device, []
         calls = [variant.bind(inputs) for inputs in sets]
@@ -253,7 +253,7 @@ class _Measurement:
         return timing.median(times) / median
 
 
-class _Expectation:
+class Expectation:
     """The float64 results of a case; made when they are first needed."""
 
     def __init__(self, kernel: Kernel, inputs: Any) -> None:

@@ -23,6 +23,7 @@ from bench.harness.cases import (
     Call,
     Case,
     Kernel,
+    Model,
     Outputs,
     Size,
     Variant,
@@ -37,6 +38,8 @@ from powerkernels import PowerSampler, PowerSamplingConfig, kl_cov_loss, linear_
 ALPHA, NUM_BLOCKS, NUM_MCMC_STEPS = 4.0, 2, 2
 PROMPT_TOKENS = 16
 CHECKED_SAMPLES = 2
+# Of Qwen2.5-1.5B, whose other sizes are in the harness.
+QWEN_1B_LAYERS, QWEN_1B_INTERMEDIATE = 28, 8960
 # Of a random model, where there is no real one of the size.
 TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 # Set by the command: the folder of the public sampler.
@@ -94,24 +97,31 @@ def _model(case: Case, device: torch.device) -> Any:
         from powerkernels.integrations.smollm2 import load_smollm2
 
         return load_smollm2(dtype=case.dtype, device=device)[0]
+    return random_model(
+        QWEN_1B if case.label.startswith(QWEN_1B.name) else None, case.dtype, device
+    )
+
+
+def random_model(model: Model | None, dtype: torch.dtype, device: torch.device) -> Any:
+    """A causal LM of random weights: of the shape of Qwen2.5-1.5B, or a tiny one for None."""
     import transformers
 
     settings: dict[str, Any] = dict(TINY, num_attention_heads=4, num_key_value_heads=2)
-    if case.label.startswith(QWEN_1B.name):
+    if model is not None:
         settings = {
-            "vocab_size": QWEN_1B.vocab,
-            "hidden_size": QWEN_1B.hidden,
-            "intermediate_size": 8960,
-            "num_hidden_layers": 28,
-            "num_attention_heads": QWEN_1B.heads,
-            "num_key_value_heads": QWEN_1B.kv_heads,
+            "vocab_size": model.vocab,
+            "hidden_size": model.hidden,
+            "intermediate_size": QWEN_1B_INTERMEDIATE,
+            "num_hidden_layers": QWEN_1B_LAYERS,
+            "num_attention_heads": model.heads,
+            "num_key_value_heads": model.kv_heads,
             "max_position_embeddings": 4096,
             "tie_word_embeddings": True,
         }
     torch.manual_seed(0)
     with torch.device(device):
-        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings))
-    return model.to(case.dtype).eval()
+        made = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings))
+    return made.to(dtype).eval()
 
 
 def bind_sampler(name: str, num_mcmc_steps: int, **switches: bool) -> Callable[[Job], Call]:

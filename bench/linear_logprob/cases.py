@@ -16,6 +16,7 @@ from bench.harness.cases import (
     Call,
     Case,
     Kernel,
+    Model,
     Outputs,
     Size,
     Variant,
@@ -38,6 +39,8 @@ from powerkernels import linear_score_tokens, score_tokens
 CHECKED = 64
 ROWS_AT_ONCE = 256  # of float64 logits
 VERL_CHUNK = 512  # its own default
+# The size that other fused heads publish their times of; no model's, so it has no attention.
+PUBLISHED_HEAD = Model("head of 4096 × 131072", 4096, 131072, 0, 0, 0)
 
 
 class Inputs(NamedTuple):
@@ -62,6 +65,7 @@ def cases(size: Size, matmuls: int = 1) -> list[Case]:
     sizes = {
         "device": [
             (LLAMA_8B, 8192, bfloat16),
+            (PUBLISHED_HEAD, 8192, bfloat16),
             (QWEN_7B, 8192, bfloat16),
             (QWEN_7B, 1024, bfloat16),
             (SMOLLM2, 8192, bfloat16),
@@ -95,6 +99,13 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     scores = linear_score_tokens(hidden, weight, targets, alpha=ALPHA, entropy=True)
     assert scores.entropy is not None
     return scores.log_prob, scores.log_z, scores.entropy
+
+
+def ours_log_prob_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """What trainers' fused heads give: no power."""
+    scores = linear_score_tokens(hidden, weight, targets, entropy=True)
+    assert scores.entropy is not None
+    return scores.log_prob, scores.entropy
 
 
 def matmul_then_scores(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -146,6 +157,7 @@ def liger_scores(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
 # Name, function, which scores, peer, copies of the logits in float32.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     ("powerkernels", ours, ALL, None, 0),
+    ("powerkernels, log_prob and entropy", ours_log_prob_entropy, NO_LOG_Z, None, 0),
     ("matmul, then score_tokens", matmul_then_scores, ALL, None, 1),
     ("torch eager", torch_scores, ALL, "eager", 5),
     ("torch.compile", compiled_scores, ALL, "compile", 2),

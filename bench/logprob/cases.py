@@ -154,6 +154,13 @@ def ours_log_prob(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     return (score_tokens(logits, targets).log_prob,)
 
 
+def ours_log_prob_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """What trainers' fused ops give: no power."""
+    scores = score_tokens(logits, targets, entropy=True)
+    assert scores.entropy is not None
+    return scores.log_prob, scores.entropy
+
+
 def torch_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     return (-torch.nn.functional.cross_entropy(logits, targets, reduction="none"),)
 
@@ -226,6 +233,7 @@ def torch_forward(x: Inputs, found: Outputs) -> Outputs:
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     ("powerkernels", ours, ALL, None, 0),
     ("powerkernels, log_prob", ours_log_prob, LOG_PROB, None, 0),
+    ("powerkernels, log_prob and entropy", ours_log_prob_entropy, NO_LOG_Z, None, 0),
     ("torch eager", torch_scores, ALL, "eager", 4),
     ("torch.compile", lazily(compiled_scores), ALL, "compile", 1),
     ("torch cross_entropy, log_prob", torch_cross_entropy, LOG_PROB, "eager", 2),

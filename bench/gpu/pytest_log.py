@@ -1,0 +1,144 @@
+"""A pytest plugin: each test's outcome as a line of JSON, at once; what passed is not run again.
+
+    python -m pytest … -p bench.gpu.pytest_log --test-log FILE --test-log-key KEY
+
+A machine that goes away in the middle leaves the lines of the tests that ended. A later run with
+the same key (the digest of the sources) leaves out those that passed. A kernel that breaks the
+process's CUDA context fails its own test alone: the process is replaced after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BROKEN_EXIT = 70
+# For the reports that are on their way to the main process of pytest-xdist.
+SEND_SECONDS = 1.0
+MAX_REASON = 300
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("test log")
+    group.addoption("--test-log", type=Path, metavar="FILE", help="outcomes, a line of JSON each")
+    group.addoption("--test-log-key", default="", help="lines of another key count for nothing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--test-log")
+    if path is None:
+        return
+    key = config.getoption("--test-log-key")
+    # Read by every process before any of them runs a test, so that all leave out the same.
+    config.pluginmanager.register(_Leaver(passed(path, key)))
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Writer(path, key))
+
+
+def outcomes(path: Path, key: str) -> dict[str, dict[str, Any]]:
+    """The last outcome of each test with the key; a line that was cut off counts for nothing."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["key"] == key:
+            found[entry["test"]] = entry
+    return found
+
+
+def passed(path: Path, key: str) -> frozenset[str]:
+    return frozenset(
+        test for test, entry in outcomes(path, key).items() if entry["outcome"] == "passed"
+    )
+
+
+class _Leaver:
+    """In every process: leaves out what passed, and ends a process whose context is broken."""
+
+    def __init__(self, done: frozenset[str]) -> None:
+        self._done = done
+        self._has_failed = False
+
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        # pytest-xdist adds the group of a test to its id.
+        left_out = [item for item in items if item.nodeid.partition("@")[0] in self._done]
+        if left_out:
+            items[:] = [item for item in items if item not in set(left_out)]
+            config.hook.pytest_deselected(items=left_out)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self) -> Iterator[None]:
+        report: Any = yield
+        self._has_failed = self._has_failed or report.failed
+        return report
+
+    def pytest_runtest_logfinish(self) -> None:
+        failed, self._has_failed = self._has_failed, False
+        if failed and context_is_broken():
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                time.sleep(SEND_SECONDS)
+                os._exit(BROKEN_EXIT)
+            pytest.exit("the device's context is broken", BROKEN_EXIT)
+
+
+class _Writer:
+    """In the main process."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._path, self._key = path, key
+        self._reports: dict[str, list[Any]] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        test = report.nodeid.partition("@")[0]
+        self._reports.setdefault(test, []).append(report)
+        # "???" is pytest-xdist's word for a test whose process has ended.
+        if report.when in ("teardown", "???"):
+            entry = {"test": test, "key": self._key, **_summary(self._reports.pop(test))}
+            with self._path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def _summary(reports: Sequence[Any]) -> dict[str, Any]:
+    outcome, reason = "passed", None
+    for report in reports:
+        if report.failed:
+            outcome, reason = "failed", str(report.longrepr).strip().splitlines()[-1:]
+        elif report.skipped and outcome != "failed":
+            outcome, reason = "skipped", _reason(report)
+    if isinstance(reason, list):
+        reason = reason[0] if reason else ""
+    seconds = sum(report.duration for report in reports)
+    return {
+        "outcome": outcome,
+        "seconds": round(seconds, 2),
+        **({"reason": reason[:MAX_REASON]} if reason else {}),
+    }
+
+
+def _reason(report: Any) -> str:
+    found = report.longrepr
+    text = found[2] if isinstance(found, tuple) else str(found)
+    return text.removeprefix("Skipped: ")
+
+
+def context_is_broken() -> bool:
+    """Whether CUDA is in use here and answers every call with an error of an earlier one."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

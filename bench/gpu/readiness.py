@@ -1,0 +1,187 @@
+"""Why this machine or this tree cannot do it, in a line; and the build of the compiled part."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+from bench.gpu.record import digest
+from bench.harness.machine import ROOT, git
+
+# Of the machine that is meant: Hopper. Asked of the device where there is one.
+ARCHITECTURES = "90"
+DEVICE_SECONDS = 60  # a device that does not answer by then is gone
+BUILD = ROOT / "csrc" / "build.py"
+# The digest of the sources that the extension in the tree was built from. A tree that is copied
+# to a machine once more may have new times and the old extension.
+STAMP = ROOT / "build" / "compiled-sources"
+FOLDERS = ("powerkernels", "python_tests", "bench")
+
+
+def why_incomplete(root: Path = ROOT) -> str | None:
+    """What a tree that was copied lacks, in a line; None if nothing is missing.
+
+    With git's own list where there is one; otherwise by what the files name: every source of
+    CMakeLists.txt is there, every Python file is whole, and every package has its `__init__.py`.
+    """
+    lacking = [name for name in (git("ls-files", "--deleted") or "").splitlines() if name]
+    if not lacking:
+        lacking = list(_missing(root))
+    if not lacking:
+        return None
+    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    return f"the tree is incomplete: {lacking[0]}{more}; copy the whole checkout"
+
+
+def _missing(root: Path) -> list[str]:
+    cmake = root / "CMakeLists.txt"
+    if not cmake.is_file():
+        return ["CMakeLists.txt is missing"]
+    sources = re.findall(r"csrc/[\w/]+\.(?:cpp|cu)", cmake.read_text())
+    headers = [
+        f"csrc/include/{name}"
+        for source in sources
+        if (root / source).is_file()
+        for name in re.findall(r'#include "(powerkernels/[\w/]+\.h)"', (root / source).read_text())
+    ]
+    found = [
+        f"{name} is missing"
+        for name in dict.fromkeys(["setup.py", "csrc/build.py", *sources, *headers])
+        if not (root / name).is_file()
+    ]
+    for folder in FOLDERS:
+        if not (root / folder).is_dir():
+            found.append(f"{folder}/ is missing")
+            continue
+        for path in sorted((root / folder).rglob("*.py")):
+            found += _damage(path, root)
+    return found
+
+
+def _damage(path: Path, root: Path) -> list[str]:
+    name = path.relative_to(root)
+    try:
+        ast.parse(path.read_text())
+    except (SyntaxError, ValueError) as error:
+        return [f"{name} is cut off or damaged ({error.msg if hasattr(error, 'msg') else error})"]
+    if path.name != "__init__.py" and not (path.parent / "__init__.py").is_file():
+        return [f"{name.parent / '__init__.py'} is missing"]
+    return []
+
+
+def why_no_device() -> str | None:
+    """Why torch cannot use a GPU, in a line; None if it can."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        with warnings.catch_warnings():
+            # What torch says of a driver that is too old is a warning of is_available, and the
+            # error of init.
+            warnings.simplefilter("ignore")
+            torch.cuda.init()
+            torch.zeros(1, device="cuda").item()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def device_fault() -> str | None:
+    """Why the device does not answer a new process, in a line; None if it does."""
+    look = "import torch; torch.zeros(1, device='cuda').item()"
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", look], capture_output=True, text=True, timeout=DEVICE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"a kernel has not ended in {DEVICE_SECONDS} s"
+    if found.returncode == 0:
+        return None
+    lines = found.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit status {found.returncode}"
+
+
+def why_no_program(name: str, advice: str) -> str | None:
+    return None if shutil.which(name) else f"{name} is not on PATH ({advice})"
+
+
+def architectures() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ARCHITECTURES
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}{minor}"
+
+
+class Build:
+    """The compiled part with CUDA, built in place in the background while other steps run.
+
+    Args:
+        log: file for the compiler's output.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._reason: str | None = None
+        if has_cuda_part():
+            return
+        command = [sys.executable, str(BUILD), "--cuda", "on", "--architectures", architectures()]
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+            )
+
+    def wait(self, seconds: float) -> str | None:
+        """Wait for its end; why there is no compiled part with CUDA, or None."""
+        if self._process is not None:
+            try:
+                code = self._process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return f"the build of the compiled part takes longer than {seconds:.0f} s"
+            self._process = None
+            if code == 0:
+                STAMP.parent.mkdir(exist_ok=True)
+                STAMP.write_text(compiled_sources())
+                self._log.unlink()
+            else:
+                lines = self._log.read_text(errors="replace").strip().splitlines()
+                self._reason = lines[-1] if lines else f"the build ended with status {code}"
+        if self._reason is None and not has_cuda_part():
+            self._reason = "the compiled part is without CUDA: python csrc/build.py --cuda on"
+        return self._reason
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+
+
+def compiled_sources() -> str:
+    return digest(["csrc"])
+
+
+def has_cuda_part() -> bool:
+    """Whether the extension in the tree is of these sources and has the CUDA part.
+
+    Asked of a process of its own: this one would keep the module that it has loaded.
+    """
+    look = (
+        "from powerkernels import _extension as e; m = e.extension(); "
+        "print(m.__file__ if m and m.has_cuda and hasattr(m, 'GraphLoop') else '')"
+    )
+    found = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True)
+    module = found.stdout.strip()
+    if found.returncode != 0 or not module:
+        return False
+    if STAMP.exists() and STAMP.read_text() == compiled_sources():
+        return True
+    sources = [*(ROOT / "csrc").rglob("*"), ROOT / "CMakeLists.txt"]
+    newest = max(path.stat().st_mtime for path in sources if path.is_file())
+    return Path(module).stat().st_mtime >= newest
