@@ -21,6 +21,8 @@ from torch import Tensor
 from powerkernels import _extension
 
 NUM_DEVICES = 2
+# What a kernel takes, as a node of a graph and with its launch.
+MS_REPLAYED, MS_LAUNCHED = 1.0, 4.0
 
 
 class Stream:
@@ -38,13 +40,11 @@ class Stream:
 
 
 class Event:
-    """All that happens between two events takes a millisecond."""
-
     def __init__(self, cuda: FakeCuda) -> None:
-        self.cuda, self.device = cuda, -1
+        self.cuda, self.device, self.at = cuda, -1, 0.0
 
     def record(self) -> None:
-        self.device = self.cuda.device
+        self.device, self.at = self.cuda.device, self.cuda.milliseconds
         self.cuda.done_on.setdefault("event", []).append(self.device)
 
     def synchronize(self) -> None:
@@ -52,7 +52,7 @@ class Event:
 
     def elapsed_time(self, end: Event) -> float:
         assert self.device == end.device
-        return 1.0
+        return end.at - self.at
 
 
 class Graph:
@@ -121,6 +121,7 @@ class Graph:
     def replay(self) -> None:
         assert self.ended
         self.replays.append(self.cuda.device)
+        self.cuda.milliseconds += MS_REPLAYED * sum(self.nodes.values())
 
 
 class Loop:
@@ -161,6 +162,7 @@ class OnDevice(Tensor):
 class FakeCuda:
     def __init__(self) -> None:
         self.device = 0
+        self.milliseconds = 0.0
         self.streams: list[Stream] = []
         self.current = [Stream(self, device, is_default=True) for device in range(NUM_DEVICES)]
         self.waits: list[tuple[Stream, Stream]] = []
@@ -187,6 +189,7 @@ class FakeCuda:
         """What an operator does: a node of the capture that its stream is in."""
         stream = stream or self.stream
         if self.recording is None:
+            self.milliseconds += MS_LAUNCHED
             return
         if stream is self.recording.stream:
             self.recording.nodes[kind] += 1
@@ -259,6 +262,12 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         with cuda.on(cuda.device if device is None else device):
             cuda.refuse_while_recording("synchronize")
 
+    def allocated(device: Any = None) -> int:
+        cuda.done_on.setdefault("memory", []).append(
+            cuda.device if device is None else index_of(device, cuda.device)
+        )
+        return 0
+
     replaced: dict[str, Any] = {
         "CUDAGraph": type("CUDAGraph", (Graph,), {"cuda": cuda}),
         "Event": lambda enable_timing=False: Event(cuda),
@@ -275,6 +284,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         "get_sync_debug_mode": lambda: modes[-1],
         "graph_pool_handle": pool_handle,
         "is_available": lambda: True,
+        "max_memory_allocated": allocated,
+        "memory_allocated": allocated,
+        "reset_peak_memory_stats": allocated,
         "is_current_stream_capturing": lambda: cuda.is_recording,
         "set_sync_debug_mode": modes.append,
         "stream": cuda.with_stream,

@@ -194,7 +194,11 @@ def _yardsticks(rows: dict[tuple[str, str, str, str], Row]) -> dict[Any, float]:
     found = {}
     for key, row in rows.items():
         beside = cases[row.kernel, row.case, row.mode]
-        ceilings = [other.median for other in beside if other.info["is_ceiling"]]
+        ceilings = [
+            other.median
+            for other in beside
+            if other.info["is_ceiling"] and other.info.get("timed_by") == row.info.get("timed_by")
+        ]
         # A slow variant is sampled cold only, a ceiling both ways.
         others = [other.median for other in beside if not other.info["ours"]]
         chosen = ceilings or others

@@ -20,6 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.power_sampling.launches import launched
+from powerkernels import _cuda_graph
 from powerkernels.power_sampling import PowerSamplingConfig, engine, lane_state, reference
 from powerkernels.power_sampling.lane_model import TransformersLaneModel
 
@@ -47,9 +49,14 @@ class NoModel:
         pass
 
 
-def settings(num_lanes: int) -> PowerSamplingConfig:
+def settings(num_lanes: int, device_loop: bool | None = None) -> PowerSamplingConfig:
     return PowerSamplingConfig(
-        alpha=4.0, max_new_tokens=512, block_size=32, num_mcmc_steps=10, num_lanes=num_lanes
+        alpha=4.0,
+        max_new_tokens=512,
+        block_size=32,
+        num_mcmc_steps=10,
+        num_lanes=num_lanes,
+        device_loop=device_loop,
     )
 
 
@@ -65,6 +72,9 @@ def loaded(lanes: engine.LaneEngine, num_lanes: int) -> engine.LaneEngine:
 
 
 def ticks(lanes: engine.LaneEngine, count: int) -> None:
+    if isinstance(lanes._loop, engine.DeviceLoop):
+        launched(lanes._loop, count)
+        return
     made = lanes._loop.run(max_ticks=count)
     assert made == count, f"the chains ended after {made} ticks"
 
@@ -83,7 +93,9 @@ def test_engine_without_a_model(
             lambda state: functools.partial(reference.transition, state),
         )
     model = NoModel(num_lanes, 32768, device)
-    lanes = engine.LaneEngine(model, settings(num_lanes), eos=(0,))
+    # By the reference on the CPU there can be no loop on the device, and none is asked for.
+    device_loop = False if transition == "reference" else None
+    lanes = engine.LaneEngine(model, settings(num_lanes, device_loop), eos=(0,))
     benchmark.group = f"{num_lanes} lanes, vocabulary 32768, ticks without a model"
     benchmark.extra_info["ticks"] = 20
     benchmark.pedantic(
@@ -143,7 +155,10 @@ class TestModelOf1500M:
         benchmark.pedantic(run, rounds=5, warmup_rounds=1)
 
     def replayed(self, work: Callable[[], object]) -> Callable[[], None]:
-        graph = engine.capture(work)
+        for _ in range(3):
+            work()
+        graph = _cuda_graph.record(work, torch.cuda.Stream())
+        graph.instantiate()
 
         def run() -> None:
             for _ in range(TICKS):
