@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from powerkernels import _extension
 
@@ -42,6 +43,21 @@ def is_capturing(device: torch.device) -> bool:
         return False
     with on_device(device):
         return torch.cuda.is_current_stream_capturing()
+
+
+def moved(name: str, tensor: Tensor, device: torch.device) -> Tensor:
+    """A small argument on the device of the others, if a capture can hold the copy.
+
+    Raises:
+        RuntimeError: the tensor is on the CPU, and a CUDA graph is being captured.
+    """
+    from_host = tensor.device.type == "cpu" and device.type == "cuda"
+    if from_host and not torch.compiler.is_compiling() and is_capturing(device):
+        raise RuntimeError(
+            f"{name} must be on {device} while a CUDA graph is captured, or a number, got a tensor "
+            "on the CPU: its copy would wait for the device, and a replay would not see a new value"
+        )
+    return tensor.to(device)
 
 
 def record(
