@@ -248,7 +248,7 @@ class TestOnGpu:
             expected = score()
             torch.cuda.synchronize()
             assert all(map(torch.equal, found[0], expected))
-            del graph, found
+            del graph  # before the communicator that its nodes call
 
     def test_a_seed_on_the_host_is_refused_in_a_capture(self) -> None:
         counters = torch.zeros(ROWS, 4, dtype=torch.int64, device="cuda")

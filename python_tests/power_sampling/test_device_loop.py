@@ -13,6 +13,7 @@ from powerkernels import PowerSample, PowerSampler, _advice, _extension
 from powerkernels.power_sampling import engine as engine_module
 from powerkernels.power_sampling import reference
 from powerkernels.power_sampling.graph_loop import CaptureError, DeviceLoop, HostLoop
+from powerkernels.power_sampling.lane_model import TransformersLaneModel
 from python_tests import fake_cuda
 from python_tests.power_sampling.test_paths import (
     PROMPTS,
@@ -157,6 +158,29 @@ class TestOnAGpu:
         assert_same_run(samples, everything[: len(samples)])
         assert_same_run(sampler.sample(PROMPTS), everything)
 
+    def test_host_replays_where_only_the_loop_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = gpu_llama()
+        expected = PowerSampler(model, config=config(device_loop=True)).sample(PROMPTS)
+
+        def fails(graph: object, flag: object) -> DeviceLoop:
+            raise RuntimeError("cudaGraphInstantiateWithParams failed")
+
+        monkeypatch.setattr(engine_module, "DeviceLoop", fails)
+        _advice.warn_once.cache_clear()
+        sampler = PowerSampler(model, config=config())
+        with pytest.warns(UserWarning, match="the host replays the sampler's tick.*Instantiate"):
+            samples = sampler.sample(PROMPTS)
+        assert isinstance(loop_of(sampler)._tick.__self__, torch.cuda.CUDAGraph)  # type: ignore[attr-defined]
+        assert_same_run(samples, expected)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+    def test_model_on_a_device_that_is_not_the_current_one(self) -> None:
+        expected = PowerSampler(gpu_llama(), config=config(device_loop=True)).sample(PROMPTS)
+        for device_loop in (True, False):
+            sampler = PowerSampler(gpu_llama().to("cuda:1"), config=config(device_loop=device_loop))
+            assert_same_run(sampler.sample(PROMPTS), expected)
+        assert torch.cuda.current_device() == 0
+
     def test_bad_logits_stop_the_loop(self) -> None:
         model = gpu_llama()
         with torch.no_grad():
@@ -258,3 +282,14 @@ def test_no_graph_where_none_is_wanted(
     assert not calls
     assert loop.run(max_ticks=2) == 2
     assert calls == [1, 1]
+
+
+def test_the_models_device_is_the_current_one_while_samples_are_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lanes = TransformersLaneModel(small_llama(torch.float32), 2, 16)
+    cuda = fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(lanes, "device", GPU)
+    with lanes.running():
+        assert cuda.device == 1
+    assert cuda.device == 0
