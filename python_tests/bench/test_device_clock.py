@@ -153,7 +153,7 @@ def measured(
     """Rows of the toy kernel on the GPU, by variant and mode."""
     made = toy.kernel(variants)
     kernel = Kernel(**(vars(made) | {"ceiling": lambda case, x: ("toy", ceiling)}))
-    document = results.Document(machine.environment(toy.CPU), "powerkernels bench toy", None)
+    document = results.Document({}, "powerkernels bench toy", None)
     document.suite["ceilings"] = {"copy, GB/s": 1.0}
     settings = runner.Settings("quick", GPU, frozenset({"eager"}), free_bytes=2**40)
     runner.run([kernel], settings, document, say=lambda text: None, show=lambda rows: None)
