@@ -70,8 +70,8 @@ def record(
     """Record a call of `work` on a stream, which and whose device are current meanwhile.
 
     What happens once (compilation, loading of kernels) must have happened. A failure leaves
-    streams, allocator and generator usable; the pool too, though what of it was lent to the failed
-    capture is not to be counted on.
+    streams, allocator and generator usable, and the graphs of its pool; but the pool takes no
+    further graph, as torch 2.11's allocator of pinned memory believes it in a recording for ever.
 
     Args:
         work: waits for nothing, copies nothing from unpinned memory.

@@ -1,8 +1,9 @@
 """A torch.cuda of two devices that does no work, for what decides where and how work is recorded.
 
 Streams, captures, pools and the generator behave as in torch 2.11 where a capture goes well and
-where it fails: an end that fails leaves the pool in its recording and the generator in its capture,
-and a pool released once too often ends the process (here: an AssertionError).
+where it fails. An end that fails leaves the generator in its capture and the pool in its recording,
+which for pinned memory nobody can end. A pool released once too often ends the process (here: an
+AssertionError).
 """
 
 from __future__ import annotations
@@ -73,10 +74,12 @@ class Graph:
         assert not cuda.stream.is_default, "CUDA graphs must be captured on a non-default stream"
         cuda.generator_captures = True
         self._pool = cuda.new_pool() if pool is None else pool
-        if self._pool in cuda.begun:
-            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
-        cuda.begun.add(self._pool)
-        cuda.references[self._pool] += 1
+        for begun in (cuda.begun, cuda.begun_on_host):
+            if begun is cuda.begun:
+                cuda.references[self._pool] += 1
+            if self._pool in begun:
+                raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+            begun.add(self._pool)
         self.stream, self.device = cuda.stream, cuda.device
         cuda.recording, cuda.is_valid = self, True
 
@@ -88,6 +91,7 @@ class Graph:
         if not cuda.is_valid:
             raise RuntimeError("operation failed due to a previous error during capture")
         cuda.begun.remove(self._pool)
+        cuda.begun_on_host.remove(self._pool)
         cuda.generator_captures = False
         self.ended = True
         if not self.nodes:
@@ -169,7 +173,8 @@ class FakeCuda:
         self.done_on: dict[str, list[int]] = {}
         self.recording: Graph | None = None
         self.is_valid = True
-        self.begun: set[Any] = set()  # pools in a recording
+        self.begun: set[Any] = set()  # pools in a recording, as torch believes
+        self.begun_on_host: set[Any] = set()  # the same of pinned memory
         self.references: Counter[Any] = Counter()  # of pools, by graphs
         self.generator_captures = False
         self.graphs: weakref.WeakValueDictionary[int, Graph] = weakref.WeakValueDictionary()

@@ -252,7 +252,7 @@ class Recorder:
 
     They share a pool: they run one after the other and nobody needs their results, while pools of
     their own would hold the peaks of all variants at once, which is more than a card has. A
-    recording that fails takes the pool with it: the next one begins another.
+    recording that fails takes the pool with it (`_cuda_graph.record`): the next begins another.
     """
 
     def __init__(self) -> None:
