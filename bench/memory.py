@@ -14,17 +14,18 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
 
 
-def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
+def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -> int | None:
     """Peak memory of `call()` above that before it; None where the system does not tell."""
     gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    place = torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+        torch.cuda.reset_peak_memory_stats(place)
+        before = torch.cuda.memory_allocated(place)
         result = call()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(place)
         del result
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(place) - before
     try:
         _give_back_what_is_free()
         CLEAR_REFS.write_text(RESET_PEAK)

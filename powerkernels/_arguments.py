@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from powerkernels._cuda_graph import moved
+
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 MASK_DTYPES = (
@@ -111,7 +113,7 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"{expected}, got {described(seed)}")
-        return seed.reshape(1).to(device)
+        return moved("seed", seed.reshape(1), device)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{expected}, got {described(seed)}")
     value = int(seed)

@@ -24,19 +24,17 @@ import torch
 from bench.harness import ceilings, timing
 from bench.harness.cases import QWEN_1B
 from bench.jobs.cases import random_model
-from bench.power_sampling.chains import begin_chains
+from bench.power_sampling.ticks import begin_chains, launched
 from powerkernels import _extension
 from powerkernels.power_sampling import PowerSamplingConfig
 from powerkernels.power_sampling.engine import LaneEngine
-from powerkernels.power_sampling.graph_loop import CaptureError, DeviceLoop, capture
+from powerkernels.power_sampling.graph_loop import CaptureError, capture
 from powerkernels.power_sampling.lane_model import TransformersLaneModel
 
 LANES, POSITIONS = 64, 1024
 TICKS, EAGER_TICKS, ROUNDS = 200, 20, 5
 PROFILED_TICKS = 5
 NUM_KERNELS = 20
-# Of a DeviceLoop's end the host hears that much later at most: of 200 ticks' time nothing.
-POLL_SECONDS = 1e-3
 
 
 class Tick:
@@ -96,11 +94,13 @@ class Tick:
             return {"why_not": f"{type(error).__name__}: {lines[0]}"}
 
     @property
-    def _loop(self) -> DeviceLoop:
-        loop = self._engine._loop
-        if not isinstance(loop, DeviceLoop):
-            raise RuntimeError("the host drives the loop here: no graph of the tick")
-        return loop
+    def _graph(self) -> torch.cuda.CUDAGraph:
+        """The captured tick, repeated by the device, or by the host where the device cannot."""
+        tick = self._engine._loop._tick
+        graph = getattr(tick, "__self__", tick)  # the host's loop keeps its replay
+        if not isinstance(graph, torch.cuda.CUDAGraph):
+            raise RuntimeError("the host makes the ticks here, kernel by kernel: no graph of one")
+        return graph
 
     def _begin(self) -> None:
         with self._lanes.running():
@@ -116,13 +116,10 @@ class Tick:
 
     def by_device(self) -> float:
         loop = self._loop
-        return self._per_tick(
-            lambda: loop.run(max_ticks=self.ticks, poll_seconds=POLL_SECONDS), self.ticks
-        )
+        return self._per_tick(lambda: launched(loop, self.ticks), self.ticks)
 
     def replayed(self) -> float:
-        graph = self._loop._tick
-        return self._per_tick(_repeated(graph.replay, self.ticks), self.ticks)
+        return self._per_tick(_repeated(self._graph.replay, self.ticks), self.ticks)
 
     def eager(self) -> float:
         def run() -> None:
@@ -136,7 +133,8 @@ class Tick:
         tokens = torch.full((self.num_lanes,), 5, device=self._device)
         positions = torch.full_like(tokens, POSITIONS // 4 if self.num_lanes == LANES else 9)
         with self._lanes.running():
-            graph = capture(lambda: self._lanes.step(tokens, positions))
+            step = functools.partial(self._lanes.step, tokens, positions)
+            graph = capture(step, device=self._device)
         return self._per_tick(_repeated(graph.replay, self.ticks), self.ticks)
 
     def weights_read(self) -> float:
@@ -146,13 +144,12 @@ class Tick:
 
     def node_kinds(self) -> dict[str, int]:
         """Nodes of the captured tick by their kind, those of child graphs included."""
-        graph = self._loop._tick.raw_cuda_graph()
-        found: dict[str, int] = _extension.compiled().graph_node_kinds(graph)
+        found: dict[str, int] = _extension.compiled().graph_node_kinds(self._graph.raw_cuda_graph())
         return found
 
     def kernels(self) -> list[dict[str, Any]]:
         """The kernels that take most of a replayed tick: name, calls and microseconds a tick."""
-        graph = self._loop._tick
+        graph = self._graph
         self._begin()
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:

@@ -69,11 +69,13 @@ class Variant:
 
     Args:
         name: as the tables have it.
-        bind: inputs -> a call without arguments that does the work once and returns its outputs.
+        bind: inputs -> a call without arguments that does the work once and returns its outputs. On
+            a GPU both are made on the stream that is captured.
         peer: what must be installed, a name of `peers.PEERS`; None for torch itself and ours.
         ours: whether `compare` holds it against us when it becomes slower.
         extra_memory: bytes at its peak beyond the case's memory.
         main_only: it runs in a kernel's main cases only, since it takes long to prepare.
+        on_host: on a GPU part of its work is the host's: no graph, and the wall clock.
         metrics: figures of the last call besides its time, from the inputs and the median seconds.
     """
 
@@ -83,6 +85,7 @@ class Variant:
     ours: bool = False
     extra_memory: Callable[[Case], int] = field(default=lambda case: 0)
     main_only: bool = False
+    on_host: bool = False
     metrics: Callable[[Any, float], dict[str, float]] | None = None
 
 

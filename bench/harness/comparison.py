@@ -83,6 +83,10 @@ def compare(
     shared = [key for key in rows[0] if key in rows[1] and not rows[0][key].info["is_ceiling"]]
     if not shared:
         raise ValueError("the files have no row in common")
+    # A graph's replay and the calls themselves are two things. Older files do not say which.
+    ways = {key: tuple(side[key].info.get("timed_by") for side in rows) for key in shared}
+    unlike = [key for key, way in ways.items() if None not in way and len(set(way)) > 1]
+    shared = [key for key in shared if key not in unlike]
     yardsticks = [_yardsticks(of_file) for of_file in rows]
     tests = [_Test(*(side[key] for side in rows), *(y[key] for y in yardsticks)) for key in shared]
     noise = _run_noise([test.relative for test in tests if not test.ours])
@@ -100,6 +104,9 @@ def compare(
         for name in ("torch", "backend", "simd", "driver", "triton")
         if (a := environments[0].get(name)) != (b := environments[1].get(name))
     ]
+    for key in unlike:
+        name, mode = ": ".join(key[:3]), key[3]
+        notes.append(f"{name}, {mode} is not compared: timed by {' and by '.join(ways[key])}")
     return Comparison(changes, only, notes)
 
 
@@ -194,7 +201,11 @@ def _yardsticks(rows: dict[tuple[str, str, str, str], Row]) -> dict[Any, float]:
     found = {}
     for key, row in rows.items():
         beside = cases[row.kernel, row.case, row.mode]
-        ceilings = [other.median for other in beside if other.info["is_ceiling"]]
+        ceilings = [
+            other.median
+            for other in beside
+            if other.info["is_ceiling"] and other.info.get("timed_by") == row.info.get("timed_by")
+        ]
         # A slow variant is sampled cold only, a ceiling both ways.
         others = [other.median for other in beside if not other.info["ours"]]
         chosen = ceilings or others

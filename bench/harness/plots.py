@@ -168,7 +168,8 @@ def speed_up(rows: Sequence[Row], colours: Colours, axes: Axes) -> None:
 
 
 def name_of(row: Row) -> str:
-    return "ceiling" if row.info["is_ceiling"] else row.variant
+    # A ceiling's name goes on with what it is, after how it was timed if there are several.
+    return row.variant.split(":")[0] if row.info["is_ceiling"] else row.variant
 
 
 def colours_of(rows: Sequence[Row]) -> Colours:

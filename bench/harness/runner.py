@@ -16,6 +16,7 @@ from bench.harness import accuracy, ceilings, peers, timing
 from bench.harness.cases import Call, Case, Kernel, Outputs, Size, Variant
 from bench.harness.results import Document, row
 from bench.memory import peak_bytes
+from powerkernels._cuda_graph import on_device
 from powerkernels.power_sampling.lane_model import free_memory
 
 # Of the memory that is free, what a case may take.
@@ -81,6 +82,14 @@ class _Measurement:
         self._peaks: dict[str, int | None] = {}
 
     def rows(self) -> list[dict[str, Any]]:
+        device = self._settings.device
+        place = on_device if self._kernel.whole_job else timing.capture_stream
+        with place(device):
+            made = self._rows()
+        _collect(device)
+        return made
+
+    def _rows(self) -> list[dict[str, Any]]:
         if reason := self._too_large(self._case.memory):
             self._skip("all variants", reason)
             return []
@@ -105,10 +114,7 @@ class _Measurement:
         if ceiling is not None:
             calls[CEILING] = ceiling[1]
         samples = timing.interleaved(calls, device, self._plan(), self._failed)
-        made = self._as_rows(samples, variants, ceiling[0] if ceiling else None, inputs)
-        del calls, sets, inputs, expectation
-        _collect(device)
-        return made
+        return self._as_rows(samples, variants, ceiling[0] if ceiling else None, inputs)
 
     def _right(self, variant: Variant, sets: list[Any], expectation: Expectation) -> list[Call]:
         """Calls of the variant on all sets, once its result is found right and its memory known."""
@@ -118,7 +124,7 @@ class _Measurement:
             # The first call allocates and compiles what stays; only a job has no second one.
             results.append(expectation.part_of(calls[0]()))
             _collect(device)
-        peak = peak_bytes(lambda: results.append(calls[0]()), device.type)
+        peak = peak_bytes(lambda: results.append(calls[0]()), device)
         found = expectation.part_of(results[0]) if self._kernel.whole_job else results[0]
         self._errors[variant.name] = expectation.check(found)
         self._peaks[variant.name] = peak
@@ -204,8 +210,14 @@ class _Measurement:
             return timing.Plan(
                 0.0, min_rounds=rounds, max_rounds=rounds, evict=False, whole_job=True
             )
-        peers_of = frozenset(v.name for v in self._kernel.variants if not v.ours)
-        return timing.Plan(CASE_SECONDS[size], min_rounds=MIN_ROUNDS[size], peers=peers_of)
+        variants = self._kernel.variants
+        return timing.Plan(
+            CASE_SECONDS[size],
+            min_rounds=MIN_ROUNDS[size],
+            peers=frozenset(variant.name for variant in variants if not variant.ours),
+            on_host=frozenset(variant.name for variant in variants if variant.on_host),
+            ceiling=CEILING,
+        )
 
     def _as_rows(
         self,
@@ -222,12 +234,15 @@ class _Measurement:
                 if not times:
                     continue
                 median = timing.median(times)
+                ratio, why_no_ratio = self._ratio(samples, taken, mode, median)
                 info: dict[str, Any] = {
-                    "variant": name if variant else f"{CEILING}: {ceiling}",
+                    "variant": name if variant else f"{name}: {ceiling}",
                     "calls": taken.calls if mode == "sustained" else 1,
+                    "timed_by": taken.timed_by,
                     "graph": taken.graph,
                     "why_no_graph": taken.why_no_graph,
-                    "ratio_to_ceiling": self._ratio(samples, mode, median),
+                    "ratio_to_ceiling": ratio,
+                    "why_no_ratio": why_no_ratio,
                     "peak_megabytes": _megabytes(self._peaks.get(name)),
                     "errors": self._errors.get(name),
                     "memory_bound": isinstance(self._kernel.ceiling, str),
@@ -245,12 +260,23 @@ class _Measurement:
             "teraflops": case.flops / median / 1e12 if case.flops else None,
         }
 
-    def _ratio(self, samples: dict[str, timing.Samples], mode: str, median: float) -> float | None:
-        if CEILING not in samples:
-            return None
-        # A slow variant has cold samples only, beside a ceiling that may have both.
-        times = getattr(samples[CEILING], mode) or samples[CEILING].cold
-        return timing.median(times) / median
+    def _ratio(
+        self, samples: dict[str, timing.Samples], taken: timing.Samples, mode: str, median: float
+    ) -> tuple[float | None, str | None]:
+        """The ceiling's median by a variant's, both timed in one way; or why there is none."""
+        way = taken.timed_by
+        found = [samples.get(name) for name in (CEILING, timing.ceiling_by(CEILING, way))]
+        same = next((each for each in found if each is not None and each.timed_by == way), None)
+        if same is not None:
+            # A slow variant has cold samples only, beside a ceiling that may have both.
+            times = getattr(same, mode) or same.cold
+            return timing.median(times) / median, None
+        if self._kernel.ceiling is None:
+            return None, "this kernel has no ceiling"
+        if found[0] is None:
+            return None, "the ceiling has no figure"
+        why = f", as {found[0].why_no_graph}" if found[0].why_no_graph else ""
+        return None, f"timed by {way}, and the ceiling by {found[0].timed_by}{why}"
 
 
 class Expectation:

@@ -51,7 +51,7 @@ def main() -> None:
     step(*few, targets[:300] % 300)
     del few
     start = time.perf_counter()
-    peak = peak_bytes(lambda: step(hidden, weight, targets), torch.device(options.device).type)
+    peak = peak_bytes(lambda: step(hidden, weight, targets), options.device)
     seconds = time.perf_counter() - start
     if peak is None:
         raise SystemExit("this system does not tell a process's peak memory")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from bench.harness.cases import QWEN_7B, SMOLLM2, Call, Case, Kernel, Outputs, Size, Variant
+from bench.power_sampling.ticks import NoModel, begin_chains
 from powerkernels.lane_moves import reference as moves_reference
 from powerkernels.lane_moves.caches import LaneCaches
 from powerkernels.lane_moves.functional import move_positions
@@ -16,26 +19,6 @@ from powerkernels.power_sampling import PowerSamplingConfig, engine, lane_state,
 
 TICKS = 20
 VOCAB = 32768
-PROMPT = [5, 6, 7]
-
-
-class NoModel:
-    """Lanes whose step costs nothing: the same logits for every prefix."""
-
-    def __init__(self, num_lanes: int, device: torch.device) -> None:
-        self.num_lanes, self.vocab_size, self.device = num_lanes, VOCAB, device
-        generator = torch.Generator().manual_seed(0)
-        logits = 3 * torch.randn(num_lanes, VOCAB, generator=generator)
-        self._logits = logits.to(device, torch.bfloat16)
-
-    def prefill(self, lane: int, tokens: tuple[int, ...]) -> None:
-        pass
-
-    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self._logits
-
-    def move(self, moves: Tensor, offset: Tensor) -> None:
-        pass
 
 
 @dataclass
@@ -43,44 +26,50 @@ class Lanes:
     num_lanes: int
     device: torch.device
 
-    def loaded(self, device: torch.device) -> engine.LaneEngine:
+    def loaded(self, *, state_on_host: bool = False) -> engine.LaneEngine:
         """With a chain on every lane, begun."""
-        # So many transitions that no chain ends while it is timed.
+        # So many transitions that no chain ends while it is timed, in some hundred thousand ticks.
         config = PowerSamplingConfig(
             alpha=4.0,
             max_new_tokens=512,
             block_size=32,
             num_mcmc_steps=100,
             num_lanes=self.num_lanes,
+            device_loop=False,  # the clock makes graphs of its own
         )
-        lanes = engine.LaneEngine(NoModel(self.num_lanes, device), config, eos=(0,))
-        state, every = lanes._state, list(range(self.num_lanes))
-        lane_state.reset_lanes(state, 0)
-        lane_state.load_chains(state, every, every)
-        lane_state.join_chains(state, every, every, [PROMPT] * self.num_lanes)
-        lanes._transition(None)
-        return lanes
+        place = contextlib.nullcontext()
+        if state_on_host:
+            host = torch.device("cpu")
+            place = mock.patch.object(engine, "state_device", return_value=host)
+        with place:
+            model = NoModel(self.num_lanes, VOCAB, self.device)
+            return begin_chains(engine.LaneEngine(model, config, eos=(0,)))
 
 
 def ticks_of(lanes: engine.LaneEngine) -> Call:
+    """The ticks themselves: a loop would look at its flag in between, or sleep until it is done."""
     state = lanes._state
 
     def call() -> Outputs:
-        made = lanes._loop.run(max_ticks=TICKS)
-        if made != TICKS:
-            raise RuntimeError(f"the chains ended after {made} of {TICKS} ticks")
-        return {"tokens": state.tokens, "lanes": state.lanes, "trace": state.trace}
+        for _ in range(TICKS):
+            lanes._tick()
+        return {
+            "tokens": state.tokens,
+            "lanes": state.lanes,
+            "trace": state.trace,
+            "go on": state.go,
+        }
 
     return call
 
 
 def ours(x: Lanes) -> Call:
-    return ticks_of(x.loaded(x.device))
+    return ticks_of(x.loaded())
 
 
 def in_torch(x: Lanes) -> Call:
-    """Transitions by the reference; what is drawn and moved is as in ours."""
-    lanes = x.loaded(torch.device("cpu"))
+    """Transitions by the reference, on the CPU; what is drawn and moved is as in ours."""
+    lanes = x.loaded(state_on_host=True)
     lanes._transition = functools.partial(reference.transition, lanes._state)
     return ticks_of(lanes)
 
@@ -115,7 +104,7 @@ MH_TRANSITION = Kernel(
     rotates=False,
     variants=[
         Variant("powerkernels", ours, ours=True),
-        Variant("transitions in torch", in_torch, peer="eager"),
+        Variant("transitions in torch", in_torch, peer="eager", on_host=True),
     ],
 )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from bench.power_sampling.ticks import launched
 from powerkernels.power_sampling.graph_loop import (
     DeviceLoop,
     HostLoop,
@@ -37,10 +38,7 @@ class Empty:
 def on_the_device(empty: Empty) -> Callable[[int], None]:
     loop = DeviceLoop(empty.graph, empty.flag)
 
-    def run(ticks: int) -> None:
-        assert loop.run(max_ticks=ticks, poll_seconds=1e-3) == ticks
-
-    return run
+    return lambda ticks: launched(loop, ticks)
 
 
 def replayed_and_looked_at(empty: Empty) -> Callable[[int], None]:

@@ -178,8 +178,11 @@ const char* why_no_kind(cudaGraphNodeType type) {
 // The body of a WHILE node holds kernels, copies and memsets of device or pinned memory, empty
 // nodes, child graphs and conditional nodes, and a child graph no conditional ones (CUDA
 // Programming Guide, "Conditional Node Body Graph Requirements"; cudaGraphAddChildGraphNode).
+// Without a kernel nothing could ever set the flag to 0, and the loop would not end.
 void check_tick(cudaGraph_t tick) {
-  for_each_node(tick, [](cudaGraphNode_t node, cudaGraphNodeType type) {
+  bool has_kernel = false;
+  for_each_node(tick, [&](cudaGraphNode_t node, cudaGraphNodeType type) {
+    has_kernel |= type == cudaGraphNodeTypeKernel;
     const char* reason = why_no_kind(type);
     if (reason == nullptr && type == cudaGraphNodeTypeMemcpy) reason = why_no_memcpy(node);
     if (reason != nullptr) {
@@ -187,6 +190,11 @@ void check_tick(cudaGraph_t tick) {
                                   "\", which cannot be repeated on the device: " + reason);
     }
   });
+  if (!has_kernel) {
+    throw std::invalid_argument(
+        "the tick must hold a kernel node, it holds none and would be repeated for ever: it was "
+        "recorded on another device or stream than its work is done on");
+  }
 }
 
 // Returns the body, which is empty yet.

@@ -310,7 +310,8 @@ def select_top_cov(
         k: >= 0, instead of ratio.
         exclude: shaped as log_prob, bool, integer or floating: tokens (not 0) that count for the
             means and the number and cannot be selected.
-        process_group: the ranks that share one selection of k tokens among all of theirs.
+        process_group: the ranks that share one selection of k tokens among all of theirs. In a CUDA
+            graph as in `score_tokens`.
 
     Returns:
         bool, shaped as log_prob.

@@ -28,6 +28,7 @@ from powerkernels._arguments import (
     check_tensor,
     described,
 )
+from powerkernels._cuda_graph import is_capturing
 from powerkernels.logprob import eager, vocab_parallel
 from powerkernels.logprob.functional import TokenScores, check_options, implementation
 from powerkernels.logprob.options import ScoreOptions, Scores, empty_scores, score_dtype
@@ -237,7 +238,8 @@ def linear_score_tokens(
         alpha, temperature, entropy, softcap, ignore_index: as in `score_tokens`.
         process_group: over whose ranks the vocabulary is split, in the order of the ranks. All
             ranks call with the same hidden and targets and get the same scores. The gradient of
-            hidden is summed over the ranks; that of weight and bias is of this rank's part.
+            hidden is summed over the ranks; that of weight and bias is of this rank's part. In a
+            CUDA graph as in `score_tokens`.
         method: "chunked", matmul and scoring by turns; "fused", a matmul that keeps only the sums
             (forward on a GPU; the backward is chunked); "auto" picks by size.
 
@@ -416,7 +418,7 @@ def _empty_gradients(
 
 def _kept_rows(counts: Tensor) -> Tensor | None:
     """Where counts [N] is true; None where everywhere, or where nobody may wait to know."""
-    if counts.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(counts.device):
         return None
     kept = counts.nonzero().squeeze(-1)
     return None if kept.shape[0] == counts.shape[0] else kept

@@ -240,7 +240,8 @@ def score_tokens(
         ignore_index: the target of rows to leave out.
         process_group: over whose ranks the vocabulary is split, in the order of the ranks. All
             ranks call with the same targets and get the same scores; a rank's gradient is that of
-            its own logits, if all ranks go on to compute the same loss.
+            its own logits, if all ranks go on to compute the same loss. In a CUDA graph if its
+            backend can be captured, as NCCL can once it has been used, and gloo cannot.
         inplace_backward: the backward may overwrite logits with their gradient, which saves as
             much memory as they take. Nothing else may need them then: an op that does raises in
             its own backward. Left aside under torch.compile, which plans memory itself.

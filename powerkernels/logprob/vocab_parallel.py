@@ -20,7 +20,8 @@ def shifted(targets: Tensor, ignore_index: int, start: Tensor | int) -> Tensor:
 @torch.library.custom_op("powerkernels::vocab_parallel_targets", mutates_args=())
 def local_targets(targets: Tensor, size: int, ignore_index: int, group: str) -> Tensor:
     """Targets of the whole vocabulary as those of this rank's `size` entries."""
-    own = torch.tensor([size], dtype=torch.int64, device=targets.device)
+    # Filled on the device: a copy from the host would wait for it, and cannot be captured.
+    own = torch.full((1,), size, dtype=torch.int64, device=targets.device)
     sizes = all_gather(own, group).flatten()
     empty = "this rank" if size == 0 else ""
     # On a GPU what the others hold is on the device, and looking at it would wait.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from powerkernels._advice import warn_once
+from powerkernels._cuda_graph import is_capturing, on_device
 
 # Advantages are of the order of 1. At this many tokens ...
 MIN_TOKENS = 256
@@ -29,13 +30,14 @@ class AdvantageScaleCheck:
             self._judge(_figures(advantages, mask))
 
     def _later(self, advantages: Tensor, mask: Tensor | None) -> None:
-        if torch.cuda.is_current_stream_capturing():
+        if is_capturing(advantages.device):
             return
         if self._pending is None:
             figures = torch.empty(2, dtype=torch.float64, pin_memory=True)
-            figures.copy_(_figures(advantages, mask), non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
+            with on_device(advantages.device):
+                figures.copy_(_figures(advantages, mask), non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
             self._pending = figures, event
         elif self._pending[1].query():
             self._judge(self._pending[0])
@@ -55,7 +57,8 @@ def _figures(advantages: Tensor, mask: Tensor | None) -> Tensor:
     """float64 [2]: the largest |advantage|, and the number of tokens."""
     sizes = advantages.detach().abs().nan_to_num(0, 0, 0)
     if mask is None:
-        count = torch.tensor(sizes.numel(), dtype=torch.float64, device=sizes.device)
+        # Filled on the device: a copy from the host would wait for it.
+        count = torch.full((), sizes.numel(), dtype=torch.float64, device=sizes.device)
     else:
         kept = mask != 0
         count = kept.sum(dtype=torch.float64)

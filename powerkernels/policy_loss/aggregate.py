@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
-import torch
 from torch import Tensor
 
 from powerkernels._arguments import check_number, described
+from powerkernels._cuda_graph import moved
 
 LossAggMode = Literal[
     "token-mean",
@@ -50,26 +50,28 @@ class Aggregation(NamedTuple):
         """float64 []. Without a token 0, where counts are local."""
         if self.mode == "token-mean":
             tokens = self.batch_num_tokens
-            return row_loss.sum() / _or(tokens, row_count.sum()) * self.dp_size
+            count = _or("batch_num_tokens", tokens, row_count.sum())
+            return row_loss.sum() / count * self.dp_size
         if self.mode == "token-sum":
             return row_loss.sum() * self.dp_size
         if self.mode == "seq-mean-token-mean":
             row_loss = row_loss / (row_count + EPSILON)
-        sequences = _or(self.global_batch_size, (row_count > 0).sum().double())
+        found = (row_count > 0).sum().double()
+        sequences = _or("global_batch_size", self.global_batch_size, found)
         loss = row_loss.sum() / sequences * self.dp_size
         if self.mode == "seq-mean-token-sum-norm":
             factor = self.loss_scale_factor
             if factor is None:
                 factor = max(horizon or 0, 1)
-            loss = loss / _on_device(factor, loss)
+            loss = loss / _on_device("loss_scale_factor", factor, loss)
         return loss
 
 
-def _or(given: float | Tensor | None, local: Tensor) -> float | Tensor:
-    return local.clamp(min=1) if given is None else _on_device(given, local)
+def _or(name: str, given: float | Tensor | None, local: Tensor) -> float | Tensor:
+    return local.clamp(min=1) if given is None else _on_device(name, given, local)
 
 
-def _on_device(given: float | Tensor, like: Tensor) -> float | Tensor:
+def _on_device(name: str, given: float | Tensor, like: Tensor) -> float | Tensor:
     if isinstance(given, Tensor):
-        return given.reshape(()).to(device=like.device, dtype=torch.float64)
+        return moved(name, given.reshape(()), like.device).double()
     return given

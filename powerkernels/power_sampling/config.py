@@ -44,8 +44,9 @@ class PowerSamplingConfig:
         num_lanes: rows of the static batch; >= 1. None is the number of chains, with `prefetch` at
             least 8 (4 on a CPU), and at most 16.
         device_loop: whether a GPU runs the loop over model steps itself, in one CUDA graph. None is
-            yes where that is possible, else the host does, with a warning that says why. True
-            raises instead.
+            yes where that is possible, else the host does, by the graph of one step if there can
+            be one, with a warning that says why. True raises instead. False: the host, without
+            graphs.
         compile: run the model step through torch.compile, which takes a minute or more at first.
         eos_token_id: token or tokens that end a completion. None takes the model's own; an empty
             sequence is a model without EOS, whose completions run to the limit.

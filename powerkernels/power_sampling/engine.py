@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from powerkernels._advice import warn_once
+from powerkernels._cuda_graph import on_device
 from powerkernels.logprob import TokenSamples, sample_tokens
 from powerkernels.power_sampling import lane_state
 from powerkernels.power_sampling.config import PowerSamplingConfig
@@ -127,8 +128,8 @@ class LaneEngine:
     """A model's lanes and the loop over their ticks, for one list of chains after another.
 
     On a GPU the loop runs there, in one CUDA graph that is captured here and serves all runs; the
-    host only gives idle lanes new chains. Elsewhere, and where the graph cannot be, the host calls
-    each tick.
+    host only gives idle lanes new chains. Where the device cannot repeat the captured tick, the
+    host replays it; elsewhere, and where it cannot be captured, the host calls each tick.
 
     Args:
         model: the lanes.
@@ -137,7 +138,7 @@ class LaneEngine:
         rules: what a transition does; None is what `config` says.
 
     Raises:
-        CaptureError: `config.device_loop` is True and the tick cannot be captured.
+        CaptureError: `config.device_loop` is True and the device cannot repeat the tick.
     """
 
     def __init__(
@@ -163,23 +164,29 @@ class LaneEngine:
         self._loop = self._make_loop()
 
     def _make_loop(self) -> DeviceLoop | HostLoop:
-        wanted, device = self._config.device_loop, self.model.device
-        if wanted is not False:
-            reason = why_no_graph_loop(device)
-            if reason is None and self._state.go.device.type != device.type:
-                reason = "the lanes' transitions are made on the CPU"
-            cause = None
-            if reason is None:
-                try:
-                    # With all lanes idle a tick leaves the state as it is.
-                    return DeviceLoop(capture(self._tick), self._state.go)
-                except (RuntimeError, ValueError) as error:
-                    reason, cause = str(error), error
-            if wanted:
-                raise CaptureError(f"device_loop is True, but {reason}") from cause
-            if device.type == "cuda":
-                warn_once(f"the host drives the sampler's loop: {reason}")
-        return HostLoop(self._tick, self._state.go)
+        wanted, device, go = self._config.device_loop, self.model.device, self._state.go
+        if wanted is False:
+            return HostLoop(self._tick, go)
+        reason, cause = why_no_graph_loop(device), None
+        if device.type == "cuda" and go.device.type != "cuda":
+            reason = reason or "the lanes' transitions are made on the CPU"
+        graph = None
+        if device.type == go.device.type == "cuda" and (reason is None or not wanted):
+            try:
+                # With all lanes idle a tick leaves the state as it is.
+                graph = capture(self._tick, device=device)
+                if reason is None:
+                    return DeviceLoop(graph, go)
+            except (RuntimeError, ValueError) as error:
+                reason, cause = str(error), error
+        if wanted:
+            raise CaptureError(f"device_loop is True, but {reason}") from cause
+        if graph is not None:
+            warn_once(f"the host replays the sampler's tick, a CUDA graph, by itself: {reason}")
+            return HostLoop(graph, go)
+        if device.type == "cuda":
+            warn_once(f"the host makes the sampler's ticks, kernel by kernel: {reason}")
+        return HostLoop(self._tick, go)
 
     def run(
         self,
@@ -231,6 +238,10 @@ class LaneEngine:
 
     def _tick(self) -> None:
         """One model step and one token on every lane, and what follows from it."""
+        with on_device(self.model.device):  # whichever of them is the current one
+            self._tick_on_device()
+
+    def _tick_on_device(self) -> None:
         state, model = self._state, self.model
         to_model = functools.partial(torch.Tensor.to, device=model.device)
         logits = model.step(to_model(state.fed), to_model(state.position))

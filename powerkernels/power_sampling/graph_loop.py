@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from powerkernels import _extension
+from powerkernels import _cuda_graph, _extension
 from powerkernels._arguments import check_number, check_shape, check_tensor, described
+from powerkernels._cuda_graph import EmptyGraphError, on_device
 from powerkernels.power_sampling.operator_watch import (
     OperatorWatch,
     random_states,
@@ -31,9 +32,8 @@ FIRST_PAUSE = (
     5e-5  # seconds; doubles up to poll_seconds, so that a short loop is not waited for long
 )
 _OLDEST_TORCH = "2.8"  # the first with raw_cuda_graph
-
-# Failed captures. torch's allocators may still ask them which stream was theirs.
-_failed_captures: list[torch.cuda.CUDAGraph] = []
+# Without one, nothing that a tick does could change the flag, and the loop would never end.
+_NEEDS = ("kernel",)
 
 
 class CaptureError(RuntimeError):
@@ -92,8 +92,8 @@ class DeviceLoop:
 
     Raises:
         TypeError: tick is no CUDAGraph, or flag no int32 tensor.
-        ValueError: flag is not of shape [1] or not on a CUDA device, or the tick holds a node that
-            the device cannot repeat; the message names its type.
+        ValueError: flag is not of shape [1] or not on a CUDA device, or the tick holds no kernel or
+            a node that the device cannot repeat; the message names its type.
         RuntimeError: this machine cannot do it (`why_no_graph_loop`), or CUDA refuses.
     """
 
@@ -197,7 +197,8 @@ class HostLoop:
 
     Raises:
         TypeError: tick is neither, or flag no int32 tensor.
-        ValueError: flag is not of shape [1], or check_every is below 1.
+        ValueError: flag is not of shape [1], check_every is below 1, or a captured tick holds no
+            kernel.
     """
 
     def __init__(
@@ -217,6 +218,11 @@ class HostLoop:
             )
         _check_flag(flag)
         _check_count("check_every", check_every)
+        if isinstance(tick, torch.cuda.CUDAGraph):
+            try:
+                _cuda_graph.refuse_without(tick, _NEEDS, flag.device)
+            except EmptyGraphError as error:
+                raise ValueError(f"the tick would be repeated for ever: {error}") from error
         self._flag = flag
         self._check_every = check_every
         self._ticks = 0
@@ -257,11 +263,12 @@ class HostLoop:
         looked = time.perf_counter()
         try:
             while self._ticks < limit and not self._stop.is_set() and bool(self._flag.item()):
-                for _ in range(self._check_every):
-                    self._tick()
-                    self._ticks += 1
-                    if self._ticks == limit or self._stop.is_set():
-                        break
+                with on_device(self._flag.device):
+                    for _ in range(self._check_every):
+                        self._tick()
+                        self._ticks += 1
+                        if self._ticks == limit or self._stop.is_set():
+                            break
                 now = time.perf_counter()
                 if on_progress is not None and now - looked >= poll_seconds:
                     looked = now
@@ -271,8 +278,13 @@ class HostLoop:
         return self._ticks - before
 
 
-def capture(tick: Callable[[], object], *, warmup: int = 3) -> torch.cuda.CUDAGraph:
-    """Record a tick as a CUDA graph on the current device, for `DeviceLoop` or `HostLoop`.
+def capture(
+    tick: Callable[[], object],
+    *,
+    warmup: int = 3,
+    device: torch.device | str | int | None = None,
+) -> torch.cuda.CUDAGraph:
+    """Record a tick as a CUDA graph on a device, for `DeviceLoop` or `HostLoop`.
 
     The tick is first called `warmup` times for real, on a stream of its own, so that what happens
     once (compilation, workspaces) is not recorded; in the last of these calls a wait for the device
@@ -289,33 +301,57 @@ def capture(tick: Callable[[], object], *, warmup: int = 3) -> torch.cuda.CUDAGr
         tick: one round of work on CUDA tensors that stay where they are. No wait for the device, no
             copy from unpinned memory, no random numbers of torch.
         warmup: calls before the recording, >= 1.
+        device: the CUDA device that the tick's tensors are on, the current one in all calls of the
+            tick; None is the device that is current now.
 
     Returns:
         The graph, made with ``keep_graph=True``.
 
     Raises:
-        CaptureError: the tick does what a graph cannot hold; the message names the operator of
-            torch and its layer.
+        CaptureError: the tick does what a graph cannot hold, and the message names the operator of
+            torch and its layer; or it launches no kernel on the device.
+        ValueError: device is no CUDA device.
         RuntimeError: torch cannot capture here.
     """
     if not callable(tick):
         raise TypeError(f"tick must be a callable, got {described(tick)}")
     _check_count("warmup", warmup)
+    wanted = _cuda_device(device)
     reason = _why_no_capture()
     if reason is not None:
         raise RuntimeError(f"no CUDA graph can be captured: {reason}")
-    device = torch.device("cuda", torch.cuda.current_device())
-    before = torch.cuda.current_stream()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(before)
-    try:
-        with torch.cuda.stream(stream):
-            for _ in range(warmup - 1):
-                tick()
-            _dry_run(tick, device)
-            return _record(tick, device)
-    finally:
-        before.wait_stream(stream)
+    index = torch.cuda.current_device() if wanted.index is None else wanted.index
+    place = torch.device("cuda", index)
+    if _cuda_graph.is_capturing(place):
+        raise RuntimeError(
+            "no CUDA graph can be captured: the current stream is in a capture already"
+        )
+    with on_device(place):
+        before = torch.cuda.current_stream()
+        # Recorded on another stream than the calls were made on: the workspace that cuBLAS keeps
+        # for a stream then comes from the graph's own memory. One from torch's common memory goes
+        # back there when torch.compile records graphs elsewhere, and this graph writes to it still.
+        calls, recording = torch.cuda.Stream(), torch.cuda.Stream()
+        calls.wait_stream(before)
+        try:
+            with torch.cuda.stream(calls):
+                for _ in range(warmup - 1):
+                    tick()
+                _dry_run(tick, place)
+            recording.wait_stream(calls)
+            return _record(tick, recording)
+        finally:
+            before.wait_stream(calls)
+            before.wait_stream(recording)
+
+
+def _cuda_device(device: torch.device | str | int | None) -> torch.device:
+    place = (
+        torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
+    )
+    if place.type != "cuda":
+        raise ValueError(f"device must be a CUDA device, got {place}")
+    return place
 
 
 def _dry_run(tick: Callable[[], object], device: torch.device) -> None:
@@ -330,62 +366,25 @@ def _dry_run(tick: Callable[[], object], device: torch.device) -> None:
         call()
     except Exception as error:
         watch, again = watched(call, device)
-        raise CaptureError(waiting_message(watch, again or error)) from error
+        raise CaptureError(waiting_message(watch, _told(watch, again, error))) from error
     if not same_states(states, random_states(device)):
         watch, _ = watched(call, device)
         raise CaptureError(random_message(watch))
 
 
-def _record(tick: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+def _record(tick: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
     try:
-        return _capture_once(tick, device)
+        return _cuda_graph.record(tick, stream, needs=_NEEDS)
+    except EmptyGraphError as error:
+        raise CaptureError(_cannot_capture("it launches no kernel", error)) from error
     except Exception as error:
-        watch, again = watched(lambda: _capture_once(tick, device))
-        raise CaptureError(recording_message(watch, again or error)) from error
+        watch, again = watched(lambda: _cuda_graph.record(tick, stream))
+        raise CaptureError(recording_message(watch, _told(watch, again, error))) from error
 
 
-def _capture_once(tick: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
-    """Capture on the current stream; a failure leaves stream, allocator and generator usable."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # of the warm-up's blocks: a graph has a pool of its own
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
-    pool = torch.cuda.graph_pool_handle()
-    try:
-        # Other threads may go on using CUDA.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        tick()
-        graph.capture_end()
-    except BaseException:
-        _clean_up(graph, pool, device)
-        raise
-    return graph
-
-
-def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
-    """Put back what torch leaves behind where a capture fails."""
-    _failed_captures.append(graph)
-    with contextlib.suppress(Exception):
-        graph.capture_end()
-    try:
-        graph.pool()  # raises unless the end went well, and reset gives the pool back
-    except Exception:
-        with contextlib.suppress(Exception):
-            torch._C._cuda_endAllocateToPool(device.index, pool)
-        with contextlib.suppress(Exception):
-            torch._C._cuda_releasePool(device.index, pool)
-    with contextlib.suppress(Exception):
-        graph.reset()
-    # torch's generator may believe that it is in a capture until one ends well.
-    with contextlib.suppress(Exception):
-        _capture_nothing()
-
-
-def _capture_nothing() -> None:
-    graph = torch.cuda.CUDAGraph()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the graph is empty
-        graph.capture_begin(capture_error_mode="thread_local")
-        graph.capture_end()
+def _told(watch: OperatorWatch, again: Exception | None, first: Exception) -> Exception:
+    """Which error to tell: under the watch compiled code may fail in ways of its own."""
+    return again if again is not None and watch.failed is not None else first
 
 
 def waiting_message(watch: OperatorWatch, error: Exception) -> str:
@@ -441,8 +440,6 @@ def _why_no_capture() -> str | None:
         return "there is no CUDA device"
     if not hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph"):
         return f"torch {torch.__version__} does not give its graphs away, {_OLDEST_TORCH} does"
-    if torch.cuda.is_current_stream_capturing():
-        return "the current stream is in a capture already"
     return None
 
 

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from powerkernels._cuda_graph import on_device
 from powerkernels.decode_attention.functional import launch as decode_attention
 from powerkernels.decode_attention.functional import op as decode_attention_op
 from powerkernels.decode_attention.reference import attended, masked_attention
@@ -110,9 +111,12 @@ class TransformersLaneModel:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The model's attention (and on CPU its linear layers) replaced while samples are drawn."""
+        """The model's attention (and on CPU its linear layers) replaced while samples are drawn.
+
+        Its device is the current one meanwhile: a model's own kernels go there.
+        """
         attention = self._attention.in_use(self._model)
-        with torch.inference_mode(), attention, self._packed.in_use():
+        with on_device(self.device), torch.inference_mode(), attention, self._packed.in_use():
             yield
 
     def refresh(self) -> bool:

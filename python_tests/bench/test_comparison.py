@@ -151,6 +151,23 @@ def test_the_text_names_the_row(measured: dict[str, Any]) -> None:
     assert "2 of ours became slower" in text
 
 
+def test_times_taken_in_two_ways_are_not_compared(measured: dict[str, Any]) -> None:
+    generator = np.random.default_rng(9)
+    before, after = made(measured, generator), made(measured, generator, slower=2.0)
+    for entry in after["benchmarks"]:
+        if entry["extra_info"]["ours"]:
+            entry["extra_info"]["timed_by"] = "plain calls"
+    found = comparison.compare(before, after)
+    assert not found.regressions
+    assert len(found.changes) == 2  # the peer's, cold and sustained
+    text = comparison.text(found)
+    name = "toy: case 0: powerkernels, cold"
+    assert f"note: {name} is not compared: timed by wall clock and by plain calls" in text
+    for entry in before["benchmarks"]:
+        del entry["extra_info"]["timed_by"]  # a file of an earlier version
+    assert len(comparison.compare(before, after).changes) == 4
+
+
 def test_an_own_peer_file_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     toy.measure(toy.kernel([toy.OURS]), path)

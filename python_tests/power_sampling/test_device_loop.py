@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
-from powerkernels import PowerSample, PowerSampler, _advice
+from powerkernels import PowerSample, PowerSampler, _advice, _extension
 from powerkernels.power_sampling import engine as engine_module
 from powerkernels.power_sampling import reference
 from powerkernels.power_sampling.graph_loop import CaptureError, DeviceLoop, HostLoop
+from powerkernels.power_sampling.lane_model import TransformersLaneModel
+from python_tests import fake_cuda
 from python_tests.power_sampling.test_paths import (
     PROMPTS,
     assert_same_chain,
@@ -155,6 +158,29 @@ class TestOnAGpu:
         assert_same_run(samples, everything[: len(samples)])
         assert_same_run(sampler.sample(PROMPTS), everything)
 
+    def test_host_replays_where_only_the_loop_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = gpu_llama()
+        expected = PowerSampler(model, config=config(device_loop=True)).sample(PROMPTS)
+
+        def fails(graph: object, flag: object) -> DeviceLoop:
+            raise RuntimeError("cudaGraphInstantiateWithParams failed")
+
+        monkeypatch.setattr(engine_module, "DeviceLoop", fails)
+        _advice.warn_once.cache_clear()
+        sampler = PowerSampler(model, config=config())
+        with pytest.warns(UserWarning, match="the host replays the sampler's tick.*Instantiate"):
+            samples = sampler.sample(PROMPTS)
+        assert isinstance(loop_of(sampler)._tick.__self__, torch.cuda.CUDAGraph)  # type: ignore[attr-defined]
+        assert_same_run(samples, expected)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+    def test_model_on_a_device_that_is_not_the_current_one(self) -> None:
+        expected = PowerSampler(gpu_llama(), config=config(device_loop=True)).sample(PROMPTS)
+        for device_loop in (True, False):
+            sampler = PowerSampler(gpu_llama().to("cuda:1"), config=config(device_loop=device_loop))
+            assert_same_run(sampler.sample(PROMPTS), expected)
+        assert torch.cuda.current_device() == 0
+
     def test_bad_logits_stop_the_loop(self) -> None:
         model = gpu_llama()
         with torch.no_grad():
@@ -169,3 +195,101 @@ def test_device_loop_that_cannot_be_is_an_error_where_it_is_demanded() -> None:
     sampler = PowerSampler(small_llama(torch.float32), config=config(device_loop=True))
     with pytest.raises(CaptureError, match="device_loop is True, but it needs a CUDA device"):
         sampler.sample(PROMPTS)
+
+
+# Who makes the ticks, with a torch.cuda that does no work.
+
+GPU = torch.device("cuda", 1)  # which is not the current one
+
+
+def engine_on(
+    cuda: fake_cuda.FakeCuda, monkeypatch: pytest.MonkeyPatch, device_loop: bool | None
+) -> tuple[engine_module.LaneEngine, list[int]]:
+    """An engine whose tick is one kernel, and the devices that were current when it was called."""
+    calls: list[int] = []
+
+    def tick(self: engine_module.LaneEngine) -> None:
+        calls.append(cuda.device)
+        cuda.launch()
+
+    monkeypatch.setattr(engine_module.LaneEngine, "_tick_on_device", tick)
+    made = object.__new__(engine_module.LaneEngine)
+    made.model = SimpleNamespace(device=GPU)  # type: ignore[assignment]
+    made._config = config(device_loop=device_loop)
+    go = cuda.tensor(torch.ones(1, dtype=torch.int32), 1)
+    made._state = SimpleNamespace(go=go)  # type: ignore[assignment]
+    _advice.warn_once.cache_clear()
+    return made, calls
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> fake_cuda.FakeCuda:
+    return fake_cuda.install(monkeypatch)
+
+
+def test_the_loop_is_made_on_the_models_device(
+    cuda: fake_cuda.FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, calls = engine_on(cuda, monkeypatch, None)
+    assert isinstance(made._make_loop(), DeviceLoop)
+    assert calls == [1, 1, 1, 1]
+    assert cuda.device == 0
+
+
+@pytest.mark.parametrize("failure", ["of the loop", "of the compiled part"])
+def test_the_host_replays_the_tick_where_only_the_loop_fails(
+    cuda: fake_cuda.FakeCuda, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    if failure == "of the loop":
+        reason = "cudaGraphInstantiateWithFlags failed"
+        cuda.loop_error = RuntimeError(reason)
+    else:
+        reason = "was built without CUDA"
+        monkeypatch.setattr(
+            _extension, "extension", lambda: SimpleNamespace(has_cuda=False, why_no_graph_loop=None)
+        )
+    made, calls = engine_on(cuda, monkeypatch, None)
+    with pytest.warns(UserWarning, match=f"the host replays the sampler's tick.*{reason}"):
+        loop = made._make_loop()
+    calls.clear()
+    assert isinstance(loop, HostLoop)
+    assert loop.run(max_ticks=5) == 5
+    assert not calls
+    (graph,) = [graph for graph in cuda.graphs.values() if graph.replays]
+    assert graph.replays == [1] * 5
+    made, _ = engine_on(cuda, monkeypatch, True)
+    with pytest.raises(CaptureError, match=f"device_loop is True, but .*{reason}"):
+        made._make_loop()
+
+
+def test_the_host_calls_the_tick_where_it_cannot_be_captured(
+    cuda: fake_cuda.FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, calls = engine_on(cuda, monkeypatch, None)
+    monkeypatch.setattr(cuda, "launch", lambda: None)  # on another device, say
+    with pytest.warns(UserWarning, match="kernel by kernel: .*it launches no kernel"):
+        loop = made._make_loop()
+    calls.clear()
+    assert loop.run(max_ticks=5) == 5
+    assert calls == [1] * 5
+
+
+def test_no_graph_where_none_is_wanted(
+    cuda: fake_cuda.FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, calls = engine_on(cuda, monkeypatch, False)
+    loop = made._make_loop()
+    assert not calls
+    assert loop.run(max_ticks=2) == 2
+    assert calls == [1, 1]
+
+
+def test_the_models_device_is_the_current_one_while_samples_are_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lanes = TransformersLaneModel(small_llama(torch.float32), 2, 16)
+    cuda = fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(lanes, "device", GPU)
+    with lanes.running():
+        assert cuda.device == 1
+    assert cuda.device == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
-from powerkernels import _extension
+from powerkernels import _cuda_graph, _extension
 from powerkernels.power_sampling import graph_loop
 from powerkernels.power_sampling.graph_loop import (
     CaptureError,
@@ -26,6 +27,7 @@ from powerkernels.power_sampling.graph_loop import (
     why_no_graph_loop,
 )
 from powerkernels.power_sampling.operator_watch import OperatorWatch, layer_name, watched
+from python_tests import fake_cuda
 
 CPU = torch.device("cpu")
 
@@ -489,9 +491,9 @@ def test_a_failed_recording_names_the_last_operator(monkeypatch: pytest.MonkeyPa
         torch.ones(1).neg()
         raise RuntimeError("operation not permitted when stream is capturing\nand more lines")
 
-    monkeypatch.setattr(graph_loop, "_capture_once", lambda tick, device: tick())
+    monkeypatch.setattr(_cuda_graph, "record", lambda tick, stream, needs=(): tick())
     with pytest.raises(CaptureError) as raised:
-        graph_loop._record(tick, CPU)
+        graph_loop._record(tick, None)  # type: ignore[arg-type]
     assert (
         "the recording fails after aten.neg.default (RuntimeError: operation not permitted when "
         "stream is capturing); HostLoop"
@@ -505,40 +507,182 @@ def test_messages_without_a_site() -> None:
     assert "the recording fails; " in graph_loop.recording_message(watch, RuntimeError())
 
 
-class Graph:
-    """A torch.cuda.CUDAGraph whose capture ends well, or does not."""
+def test_what_the_watch_breaks_by_itself_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [RuntimeError("the first"), RuntimeError("compiled code under a watch")]
 
-    def __init__(self, ends: bool) -> None:
-        self.ends, self.was_reset = ends, False
+    def record(tick: Any, stream: Any, needs: Any = ()) -> None:
+        raise errors.pop(0)
 
-    def capture_end(self) -> None:
-        if not self.ends:
-            raise RuntimeError("cudaErrorStreamCaptureInvalidated")
-
-    def pool(self) -> tuple[int, int]:
-        self.capture_end()
-        return (0, 1)
-
-    def reset(self) -> None:
-        self.was_reset = True
+    monkeypatch.setattr(_cuda_graph, "record", record)
+    with pytest.raises(CaptureError, match="RuntimeError: the first"):
+        graph_loop._record(lambda: None, None)  # type: ignore[arg-type]
+    assert not errors
 
 
-@pytest.mark.parametrize("ends", [True, False])
-def test_a_pool_is_given_back_once(ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Twice is an assertion in torch's allocator, in the graph's destructor even the process's end.
-    given_back: list[str] = []
-    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-        monkeypatch.setattr(
-            torch._C, name, lambda *arguments, name=name: given_back.append(name), raising=False
-        )
-    monkeypatch.setattr(graph_loop, "_capture_nothing", lambda: given_back.append("nothing"))
-    monkeypatch.setattr(graph_loop, "_failed_captures", [])
-    graph = Graph(ends)
-    graph_loop._clean_up(graph, (0, 1), torch.device("cuda", 0))  # type: ignore[arg-type]
-    explicit = [] if ends else ["_cuda_endAllocateToPool", "_cuda_releasePool"]
-    assert given_back == [*explicit, "nothing"]
-    assert graph.was_reset
-    assert graph_loop._failed_captures == [graph]
+# Where captures and launches are made, with a torch.cuda of two devices that does no work.
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> fake_cuda.FakeCuda:
+    return fake_cuda.install(monkeypatch)
+
+
+def test_a_tick_is_captured_on_the_device_that_is_named(cuda: fake_cuda.FakeCuda) -> None:
+    devices: list[tuple[int, bool]] = []
+
+    def tick() -> None:
+        devices.append((cuda.device, cuda.stream.is_default))
+        cuda.launch()
+
+    graph = capture(tick, device="cuda:1")
+    assert devices == [(1, False)] * 4  # three calls and the recording
+    assert graph.device == 1  # type: ignore[attr-defined]
+    assert graph.nodes == {"kernel": 1}  # type: ignore[attr-defined]
+    assert cuda.device == 0
+    assert cuda.stream.is_default
+    assert cuda.done_on == {"synchronize": [1], "empty_cache": [1]}
+    assert capture(tick).device == 0  # type: ignore[attr-defined]
+    with torch.cuda.device(1):
+        assert capture(tick).device == 1  # type: ignore[attr-defined]
+        assert capture(tick, device=0).device == 0  # type: ignore[attr-defined]
+
+
+def test_a_tick_is_recorded_on_a_stream_that_it_was_not_called_on(
+    cuda: fake_cuda.FakeCuda,
+) -> None:
+    streams: list[fake_cuda.Stream] = []
+    capture(lambda: (streams.append(cuda.stream), cuda.launch()))
+    assert streams[0] == streams[1] == streams[2] != streams[3]
+    before = cuda.streams[0]
+    assert (streams[0], before) in cuda.waits  # for what was queued before
+    assert (streams[3], streams[0]) in cuda.waits
+    assert cuda.waits[-2:] == [(before, streams[0]), (before, streams[3])]
+
+
+def test_capture_is_for_cuda_devices(cuda: fake_cuda.FakeCuda) -> None:
+    with pytest.raises(ValueError, match="device must be a CUDA device, got cpu"):
+        capture(cuda.launch, device="cpu")
+
+
+def test_no_capture_within_one(cuda: fake_cuda.FakeCuda) -> None:
+    with pytest.raises(CaptureError, match="the current stream is in a capture already"):
+        capture(lambda: cuda.is_recording and capture(cuda.launch), device=1)
+    assert not cuda.is_recording
+
+
+@pytest.mark.parametrize("counts", [True, False], ids=["compiled part", "torch's warning"])
+def test_a_tick_without_kernels_is_refused(
+    cuda: fake_cuda.FakeCuda, counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not counts:
+        monkeypatch.setattr(_extension, "extension", lambda: None)
+    calls = []
+    with pytest.raises(CaptureError, match=r"it launches no kernel .*it holds nothing.* on cuda:1"):
+        capture(lambda: calls.append(1), device=1)
+    assert len(calls) == 4  # nobody is looked for: no call under a watch
+
+    def on_the_other_device() -> None:
+        with torch.cuda.device(1):
+            cuda.launch()
+
+    with pytest.raises(CaptureError, match="cuda:0"):
+        capture(on_the_other_device, device=0)
+    if counts:
+        with pytest.raises(CaptureError, match="it holds 1 memcpy"):
+            capture(lambda: cuda.launch("memcpy"))
+    assert cuda.stream.is_default
+
+
+def test_other_warnings_of_a_capture_are_passed_on(cuda: fake_cuda.FakeCuda) -> None:
+    cuda.warning = "something else"
+    with pytest.warns(UserWarning, match="something else"):
+        capture(cuda.launch)
+
+
+def test_a_failed_capture_leaves_the_next_one_its_way(cuda: fake_cuda.FakeCuda) -> None:
+    def fails() -> None:
+        cuda.launch()
+        if cuda.is_recording:
+            cuda.invalidate()
+
+    with pytest.raises(CaptureError, match="the recording fails"):
+        capture(fails, device=1)
+    assert (cuda.device, cuda.stream.is_default, cuda.is_recording) == (0, True, False)
+    assert not cuda.begun  # no pool that torch believes to be in a recording
+    assert set(cuda.references.values()) <= {0}
+    assert not cuda.generator_captures
+    graph = capture(cuda.launch, device=1)
+    assert graph.nodes == {"kernel": 1}  # type: ignore[attr-defined]
+
+
+def test_every_capture_has_a_pool_of_its_own(cuda: fake_cuda.FakeCuda) -> None:
+    graphs = [capture(cuda.launch) for _ in range(3)]
+    assert len({graph.pool() for graph in graphs}) == 3
+
+
+def test_garbage_is_not_collected_while_recording(cuda: fake_cuda.FakeCuda) -> None:
+    collects: list[bool] = []
+    assert gc.isenabled()
+    capture(lambda: (collects.append(gc.isenabled()), cuda.launch()))
+    assert collects == [True, True, True, False]
+    assert gc.isenabled()
+
+
+def test_a_replayed_graph_needs_a_kernel_too(cuda: fake_cuda.FakeCuda) -> None:
+    flag = torch.ones(1, dtype=torch.int32)
+    stream = torch.cuda.Stream()
+    copies = _cuda_graph.record(lambda: cuda.launch("memcpy"), stream)
+    with pytest.raises(ValueError, match=r"repeated for ever: .* a kernel node, it holds 1 memcpy"):
+        HostLoop(copies, flag)
+    graph = _cuda_graph.record(cuda.launch, stream)
+    loop = HostLoop(graph, flag)
+    assert loop.run(max_ticks=5) == 5
+    assert graph.replays == [0] * 5  # type: ignore[attr-defined]
+
+
+def test_host_loop_replays_on_the_flags_device(cuda: fake_cuda.FakeCuda) -> None:
+    devices: list[int] = []
+    flag = cuda.tensor(torch.ones(1, dtype=torch.int32), 1)
+    assert HostLoop(lambda: devices.append(cuda.device), flag).run(max_ticks=3) == 3
+    assert devices == [1, 1, 1]
+    assert cuda.device == 0
+
+
+def test_device_loop_is_built_and_launched_on_the_flags_device(cuda: fake_cuda.FakeCuda) -> None:
+    flag = cuda.tensor(torch.ones(1, dtype=torch.int32), 1)
+    loop = DeviceLoop(capture(cuda.launch, device=1), flag)
+    with torch.cuda.device(1), torch.cuda.stream(torch.cuda.Stream()):
+        stream = cuda.stream
+        with torch.cuda.device(0):
+            assert loop.run(max_ticks=7) == 7
+    assert loop._loop.launches == [(1, stream.cuda_stream)]
+    assert cuda.device == 0
+
+
+@pytest.mark.parametrize("failure", ["at the begin", "at the end", "between"])
+def test_a_pool_is_released_once_for_each_capture(cuda: fake_cuda.FakeCuda, failure: str) -> None:
+    # Once too often is an assertion of torch's allocator; in a destructor that ends the process.
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    kept = _cuda_graph.record(cuda.launch, stream, pool=pool)
+
+    def fails() -> None:
+        if failure == "between":
+            raise RuntimeError("a capture that is still valid")
+        cuda.invalidate()
+
+    cuda.fails_to_begin = failure == "at the begin"
+    with pytest.raises(RuntimeError, match="captur"):
+        _cuda_graph.record(fails, stream, pool=pool)
+    cuda.fails_to_begin = False
+    assert cuda.references[pool] == 1
+    assert not cuda.begun
+    if failure == "at the end":
+        with pytest.raises(RuntimeError, match="already recording to mempool_id"):
+            _cuda_graph.record(cuda.launch, stream, pool=pool)
+        assert cuda.references[pool] == 1
+    _cuda_graph.record(cuda.launch, stream).reset()
+    kept.reset()
+    assert cuda.references[pool] == 0
 
 
 # On a GPU.
@@ -640,11 +784,55 @@ class TestOnGpu:
         toy = Countdown(2**40, "cuda")
         loop = DeviceLoop(capture(toy.tick), toy.flag)
         toy.restart(2**40)
+        torch.cuda.synchronize()
         loop._loop.launch(torch.cuda.current_stream().cuda_stream)
+        deadline = time.monotonic() + 30
+        while loop.ticks == 0:
+            assert time.monotonic() < deadline, "no tick in half a minute"
+            time.sleep(1e-3)
         assert not loop._loop.is_done()
         del loop
         torch.cuda.synchronize()
         assert toy.left.item() < 2**40
+
+    @pytest.mark.parametrize("loop_type", [DeviceLoop, HostLoop])
+    def test_a_tick_without_kernels_is_refused(self, loop_type: Any) -> None:
+        flag = torch.ones(1, dtype=torch.int32, device="cuda")
+        other = flag.clone()
+        stream = torch.cuda.Stream()
+        copies = _cuda_graph.record(lambda: flag.copy_(other), stream)
+        assert _cuda_graph.node_kinds(copies) == {"memcpy": 1}
+        with pytest.raises(ValueError, match="kernel node"):
+            loop_type(copies, flag)
+        with pytest.raises(CaptureError, match="it launches no kernel"):
+            capture(lambda: flag.copy_(other))
+        with pytest.raises(CaptureError, match="it launches no kernel"):
+            capture(lambda: None)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+    def test_on_a_device_that_is_not_the_current_one(self) -> None:
+        toy = Countdown(100, "cuda:1")
+        graph = capture(toy.tick, device="cuda:1")
+        for loop in (DeviceLoop(graph, toy.flag), HostLoop(graph, toy.flag)):
+            toy.restart(100)
+            assert loop.run() == 100
+            assert toy.sum.item() == expected_sum(100, 100)
+        assert torch.cuda.current_device() == 0
+
+    def test_a_failed_recording_leaves_the_graphs_of_its_pool(self) -> None:
+        x = torch.ones(1 << 20, device="cuda")
+        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        kept = _cuda_graph.record(lambda: x.mul(2).add_(1), stream, pool=pool)
+        with pytest.raises(RuntimeError):
+            _cuda_graph.record(lambda: x.mul(2).sum().item(), stream, pool=pool)
+        assert torch.cuda.current_stream() != stream
+        assert not torch.cuda.is_current_stream_capturing()
+        for graph in (kept, _cuda_graph.record(lambda: x.add_(1), stream)):
+            graph.replay()
+        assert x.sum().item() == 2 * x.numel()
+        del graph, kept
+        torch.cuda.empty_cache()
+        assert torch.rand(4, device="cuda").sum().item() > 0
 
     def test_node_kinds(self) -> None:
         toy = Countdown(1, "cuda")
@@ -667,6 +855,7 @@ class TestOnGpu:
         flag = torch.ones(1, dtype=torch.int32, device="cuda")
 
         def tick() -> None:
+            state.add_(1)
             state.copy_(unpinned, non_blocking=True)
 
         with pytest.raises((CaptureError, ValueError), match=r"not pinned|copy_"):

@@ -22,7 +22,8 @@ class GraphLoop {
  public:
   // tick_graph: a cudaGraph_t, copied here; what its nodes point to must outlive the loop.
   // flag: address of an int32 on the device; nonzero is "one more tick", also before the first.
-  // Throws std::invalid_argument for a null address or a node that a loop's body may not hold.
+  // Throws std::invalid_argument for a null address, a node that a loop's body may not hold, or a
+  // graph without kernel nodes, whose loop would never end.
   GraphLoop(uintptr_t tick_graph, uintptr_t flag, int device);
   // Ends a running launch at its next tick and waits for it.
   ~GraphLoop();
