@@ -28,7 +28,7 @@ from bench.power_sampling.ticks import begin_chains, launched
 from powerkernels import _extension
 from powerkernels.power_sampling import PowerSamplingConfig
 from powerkernels.power_sampling.engine import LaneEngine
-from powerkernels.power_sampling.graph_loop import CaptureError, capture
+from powerkernels.power_sampling.graph_loop import CaptureError, DeviceLoop, capture
 from powerkernels.power_sampling.lane_model import TransformersLaneModel
 
 LANES, POSITIONS = 64, 1024
@@ -115,7 +115,9 @@ class Tick:
         return timing.median(samples)
 
     def by_device(self) -> float:
-        loop = self._loop
+        loop = self._engine._loop
+        if not isinstance(loop, DeviceLoop):
+            raise RuntimeError("the host drives the loop here")
         return self._per_tick(lambda: launched(loop, self.ticks), self.ticks)
 
     def replayed(self) -> float:
@@ -160,6 +162,8 @@ class Tick:
             profile.key_averages(), key=lambda event: event.device_time_total, reverse=True
         )
         total = sum(event.device_time_total for event in events)
+        if not total:
+            raise RuntimeError("the profiler saw no kernel")
         return [
             {
                 "name": event.key,
