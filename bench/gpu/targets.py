@@ -327,6 +327,8 @@ def _figure_lines(path: Path) -> list[str]:
     data = results.load(path, stub_clock=True)
     device = data[results.KEY]["environment"]["device"]
     printed = [f"{device}; sustained, or cold where a call is long:"]
+    if device == results.STUB_DEVICE:
+        printed = [f"{device}: not one of these was measured:"]
     chosen: dict[tuple[str, str, str], Any] = {}
     for row in results.rows_of(data):
         if row.info["ours"]:
