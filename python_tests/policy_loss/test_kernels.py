@@ -8,6 +8,7 @@ from torch import Tensor
 
 from powerkernels import clip_cov_loss, kl_cov_loss, ppo_clip_loss, reference_kl_loss
 from python_tests.covariance.expected import IGNORE_LARGE_RATIO
+from python_tests.cuda_modes import waits_are_errors
 from python_tests.policy_loss.expected import Batch, random_batch
 from python_tests.policy_loss.test_policy_loss import LOSSES, check_loss, check_metrics, kl, leaf_of
 
@@ -127,12 +128,9 @@ class TestOnAGpu:
         batch = leaf_of(random_batch((64, 1000), generator), "cuda")
         seed = torch.tensor([3], device="cuda")
         self.work(batch, seed)  # compiles
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waits_are_errors():
             self.work(batch, seed)
             clip_cov_loss(*batch, seed=5, covariance_metrics=True)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     def test_a_million_tokens_as_on_the_cpu(self, monkeypatch, generator):
         batch = random_batch((256, 4099), generator)
