@@ -23,6 +23,7 @@ from python_tests.power_sampling.test_paths import (
 needs_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.may_hang,
 ]
 
 
@@ -43,7 +44,7 @@ def assert_same_run(a: list[PowerSample], b: list[PowerSample]) -> None:
 
 
 class TestOnAGpu:
-    pytestmark = (*needs_gpu, pytest.mark.may_hang)
+    pytestmark = needs_gpu
 
     @pytest.mark.parametrize("changes", [{}, {"num_lanes": 16}, {"proposal_temperature": 0.7}])
     def test_device_host_and_reference_make_the_same_chains(
