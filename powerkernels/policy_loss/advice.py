@@ -55,7 +55,8 @@ def _figures(advantages: Tensor, mask: Tensor | None) -> Tensor:
     """float64 [2]: the largest |advantage|, and the number of tokens."""
     sizes = advantages.detach().abs().nan_to_num(0, 0, 0)
     if mask is None:
-        count = torch.tensor(sizes.numel(), dtype=torch.float64, device=sizes.device)
+        # Filled on the device: a copy from the host would wait for it.
+        count = torch.full((), sizes.numel(), dtype=torch.float64, device=sizes.device)
     else:
         kept = mask != 0
         count = kept.sum(dtype=torch.float64)

@@ -506,6 +506,8 @@ class TestOnAGpu:
             again = score_tokens(logits, targets, alpha=7.3, entropy=True)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
+    # Of what the compiler itself imports, at its first use.
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_compiles_as_one_graph(self):
         logits = torch.randn(8, 5000, device="cuda").requires_grad_()
         targets = torch.randint(5000, (8,), device="cuda")
