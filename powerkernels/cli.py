@@ -684,12 +684,9 @@ def _one_line_message(error: BaseException) -> str:
 
 
 def _version() -> str:
-    import importlib.metadata
+    from powerkernels import __version__
 
-    try:
-        return importlib.metadata.version(PROGRAM)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown (not installed)"
+    return __version__
 
 
 if __name__ == "__main__":

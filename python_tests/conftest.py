@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,6 +13,47 @@ from powerkernels import _extension
 from python_tests import triton_device
 
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
+# Seconds for a test that may hang: its kernels compile in it, beside those of other processes.
+HANG_SECONDS = 180
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around that of xdist, which reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
+    """Tests that may hang have a timeout and run last; those that need much memory, in turn.
+
+    Only the end of its process ends what hangs on a device, so that the timeout does that
+    (`method="thread"`): what has run before it keeps its result.
+    """
+    for item in items:
+        if may_hang(item) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(HANG_SECONDS, method="thread"))
+        if item.get_closest_marker("gpu_memory") is not None:
+            item.add_marker(pytest.mark.xdist_group("gpu_memory"))
+    items.sort(key=may_hang)
+    yield
+    for item in items:
+        # xdist 3.8 writes the group to a name of the node that pytest 9.2 no longer reads.
+        grouped = getattr(item, "_nodeid", item.nodeid)
+        if grouped != item.nodeid:
+            item._id = type(item._id).parse(grouped)
+
+
+def may_hang(item: pytest.Item) -> bool:
+    return item.get_closest_marker("may_hang") is not None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    marker = item.get_closest_marker("gpu_memory")
+    if marker is not None and torch.cuda.is_available():
+        (wanted,), there = marker.args, torch.cuda.mem_get_info()[1]
+        if there < wanted * 1e9:
+            pytest.skip(f"needs {wanted} GB of GPU memory, and the device has {there / 1e9:.1f}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu_memory") is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # for the other processes
 
 
 @pytest.fixture(params=["reference", *(f"cpp-{level}" for level in SIMD_LEVELS)])

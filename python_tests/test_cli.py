@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -475,7 +476,26 @@ def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
-    assert capsys.readouterr().out.startswith("powerkernels ")
+    assert capsys.readouterr().out == f"powerkernels {powerkernels.__version__}\n"
+
+
+def test_version_of_a_checkout_that_is_not_installed() -> None:
+    code = """
+import importlib.metadata, sys
+def version(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = version
+from powerkernels import cli
+sys.exit(cli.main(["--version"]))
+"""
+    root = Path(powerkernels.__file__).parents[1]
+    (stated,) = re.findall(
+        '^version = "(.+)"$', (root / "pyproject.toml").read_text(), re.MULTILINE
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"powerkernels {stated}\n"
 
 
 # ---- layout

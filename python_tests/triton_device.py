@@ -5,7 +5,9 @@ The interpreter is chosen before any kernel is defined, so the two do not mix in
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +30,26 @@ DEVICES = [
         ],
     ),
 ]
+
+
+def let_old_interpreters_index() -> None:
+    """Triton 3.6 makes an int of an array of one element, which numpy 2.5 refuses; 3.7 does not."""
+    import triton
+    from triton.runtime import interpreter
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
+        return
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: type, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if INTERPRETED and importlib.util.find_spec("triton") is not None:
+    let_old_interpreters_index()
 
 
 def make_interpreter_exact(monkeypatch: pytest.MonkeyPatch) -> None:

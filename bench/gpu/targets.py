@@ -193,7 +193,8 @@ def _tests(
         number = min(processes, os.cpu_count() or 1)
         command += ["-n", str(number), "--dist", "loadgroup"]
     if importlib.util.find_spec("pytest_timeout") is not None:
-        command += ["--timeout", str(TEST_SECONDS)]
+        # By a thread, which ends the process: a test that waits for a device hears no signal.
+        command += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
     return Step(
         f"tests of {part}",
         command,

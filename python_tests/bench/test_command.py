@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("matplotlib")  # of the plots
+
 from bench import suite
 from bench.harness import plots, report, results, runner
 from bench.harness.cases import SIZES

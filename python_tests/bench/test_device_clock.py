@@ -20,6 +20,7 @@ from python_tests.bench import toy
 on_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.xdist_group("gpu_clock"),  # what else the device does would be timed too
 ]
 
 PLAN = timing.Plan(0.0, min_rounds=5, max_rounds=5)

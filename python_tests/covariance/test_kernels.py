@@ -20,6 +20,7 @@ from python_tests.covariance.expected import Batch, random_batch
 from python_tests.covariance.test_accumulator import check_packed, check_padded
 from python_tests.covariance.test_selection import check, check_band
 from python_tests.covariance.test_token_covariance import check_covariance
+from python_tests.cuda_modes import waits_are_errors
 
 pytest.importorskip("triton")
 
@@ -167,8 +168,7 @@ class TestOnAGpu:
         batch = random_batch((64, 1000), generator).to("cuda")
         seed = torch.tensor([3], device="cuda")
         self.work(batch, seed)  # compiles
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waits_are_errors():
             self.work(batch, seed)
             select_cov_band(*batch, k=9, seed=2**63 + 7, **BAND)
             covariance_table(*batch)
@@ -176,8 +176,6 @@ class TestOnAGpu:
             for part in range(4):
                 step.add(*(value[16 * part : 16 * part + 16] for value in batch))
             step.masks()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     def test_run_to_run_bits(self, generator):
         batch = random_batch((64, 4001), generator, ties=True).to("cuda")

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from powerkernels import PowerSampler, PowerSamplingConfig
@@ -30,6 +29,7 @@ from python_tests.integrations.test_sharding import (
 )
 from python_tests.tiny_model import CHAT_TEMPLATE, save_tiny_model
 
+pa = pytest.importorskip("pyarrow")
 ray = pytest.importorskip("ray")
 
 pytestmark = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
-from pyarrow import parquet
 
 import powerkernels
 from powerkernels import PowerSample, PowerSampler, PowerSamplingConfig
@@ -30,6 +29,10 @@ from powerkernels.integrations.sharding import (
 from python_tests.integrations.job_samplers import Watched
 from python_tests.tiny_model import CHAT_TEMPLATE, save_tiny_model
 
+pa = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+ROOT = Path(powerkernels.__file__).parents[1]
 CONFIG = PowerSamplingConfig(
     alpha=2.0, max_new_tokens=6, block_size=3, num_mcmc_steps=2, seed=1, num_lanes=3
 )
@@ -425,6 +428,7 @@ def test_torchrun(model: str, plain: list[PowerSample], tmp_path: Path) -> None:
     done = subprocess.run(
         [*launch, *sample, "--model", model, "--rows-per-part", "3", *FAST],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},  # a checkout need not be installed
         capture_output=True,
         text=True,
         check=False,

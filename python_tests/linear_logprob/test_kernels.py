@@ -10,18 +10,23 @@ from torch import Tensor
 
 from powerkernels import linear_score_tokens
 from powerkernels.linear_logprob import functional, gpu, reference
+from python_tests import triton_device
+from python_tests.linear_logprob.test_linear_score_tokens import eager
 from python_tests.logprob.expected import DEFAULTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 
 DTYPES = (torch.bfloat16, torch.float16)
+# Error of a gradient, in units of that of torch at the same dtype. Measured: 1.0, and up to 4.5 in
+# the interpreter: the backward's logits are rounded, and the sums of the fused forward's are not.
+GRADIENT_FACTOR = {"chunked": 2.0, "fused": 6.0}
 SMALL_TILES = gpu.Tiles(32, 32, 16, 4, 2, True, group_n=2)
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small sizes have several tiles each way, and tiles that stick out."""
-    if not torch.cuda.is_available():
+    if triton_device.INTERPRETED:
         monkeypatch.setattr(gpu, "tiles_for", lambda device: SMALL_TILES)
         pointers = SMALL_TILES._replace(descriptors=False)
         monkeypatch.setattr(gpu, "UNALIGNED_TILES", pointers)
@@ -157,7 +162,7 @@ class TestOnAGpu:
     @pytest.mark.parametrize("method", ["chunked", "fused"])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_gradients(self, dtype, method, monkeypatch):
-        """Against float64, with float32 sums over the chunks of the vocabulary."""
+        """Against float64, with float32 sums over the chunks of the vocabulary; beside torch."""
         monkeypatch.setattr(functional, "CHUNK_LOGITS", {"cpu": 2**16, "cuda": 2**16})
         hidden, weight, bias, targets = inputs(300, 5000, 256, dtype)
         targets[::7] = -100
@@ -171,9 +176,15 @@ class TestOnAGpu:
             *exact[:2], targets, bias=exact[2], **(DEFAULTS | {"alpha": 2.5})
         )
         sum(score.sum() for score in true).backward()
-        for leaf, expected in zip(leaves, exact, strict=True):
-            error = (leaf.grad.cpu().double() - expected.grad).abs().max()
-            assert error <= 0.03 * expected.grad.abs().max()
+        peers = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
+        sum(score.sum() for score in eager(targets, peers, DEFAULTS | {"alpha": 2.5})).backward()
+        for leaf, *others in zip(leaves, exact, peers, strict=True):
+            error, peer = (
+                (found.grad.cpu().double() - others[0].grad).abs().max()
+                for found in (leaf, others[1])
+            )
+            floor = torch.finfo(dtype).eps * others[0].grad.abs().max()
+            assert error <= GRADIENT_FACTOR[method] * peer + floor
 
     def test_in_a_cuda_graph(self):
         hidden, weight, _, targets = inputs(64, 5000, 128, torch.bfloat16)

@@ -54,7 +54,7 @@ def inputs(vocab: int, dim: int, dtype: torch.dtype) -> Inputs:
     )
 
 
-def eager(x: Inputs, leaves: list[Tensor], options: dict[str, Any]) -> tuple[Tensor, ...]:
+def eager(targets: Tensor, leaves: list[Tensor], options: dict[str, Any]) -> tuple[Tensor, ...]:
     """The scores as one writes them in torch, at the dtype of the leaves."""
     hidden, weight, *bias = leaves
     logits = torch.nn.functional.linear(hidden, weight, bias[0] if bias else None).float()
@@ -64,8 +64,8 @@ def eager(x: Inputs, leaves: list[Tensor], options: dict[str, Any]) -> tuple[Ten
     if isinstance(temperature, Tensor):
         temperature = temperature.unsqueeze(-1)
     log_p = torch.log_softmax(logits / temperature, -1)
-    ignored = x.targets == -100
-    log_prob = log_p.gather(-1, x.targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    ignored = targets == -100
+    log_prob = log_p.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     scores = (
         log_prob,
         torch.logsumexp(options["alpha"] * log_p, -1),
@@ -104,7 +104,7 @@ def check(x: Inputs, dtype: torch.dtype, *, with_bias: bool, **options: Any) -> 
     exact = reference.linear_score_tokens(
         *exact_leaves[:2], x.targets, bias=exact_leaves[2] if with_bias else None, **options
     )
-    expression = eager(x, peers, options)
+    expression = eager(x.targets, peers, options)
     for field, *values in zip(got._fields, got, exact, expression, strict=True):
         assert_close(*values, options["alpha"], dtype, f"{field} {options}")
     results = (gradients(got, own), gradients(exact, exact_leaves), gradients(expression, peers))

@@ -17,6 +17,7 @@ from powerkernels.logprob import reference
 from powerkernels.logprob.functional import implementation
 from powerkernels.logprob.options import ScoreOptions, Support
 from python_tests import triton_device
+from python_tests.cuda_modes import waits_are_errors
 from python_tests.logprob.expected import far_apart, random_logits
 from python_tests.logprob.test_sample_tokens import (
     DRAWS,
@@ -704,12 +705,10 @@ class TestOnAGpu:
         logits = torch.randn(64, 50257, device="cuda")
         arguments = {"alpha": 2, "counters": counters_for(64).cuda(), "top_k": 50, "top_p": 0.9}
         sample_tokens(logits, seed=0, **arguments)  # compiles
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waits_are_errors():
             sample_tokens(logits, seed=0, **arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
+    @pytest.mark.gpu_memory(5)  # the logits, 4.4 GB
     def test_more_than_2_to_the_31_elements(self):
         rows, vocab = 16600, 131072
         logits = torch.zeros(rows, vocab, dtype=torch.bfloat16, device="cuda")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from powerkernels import clip_cov_loss, kl_cov_loss, ppo_clip_loss, reference_kl_loss
 from python_tests.covariance.expected import IGNORE_LARGE_RATIO
+from python_tests.cuda_modes import waits_are_errors
 from python_tests.policy_loss.expected import Batch, random_batch
 from python_tests.policy_loss.test_policy_loss import LOSSES, check_loss, check_metrics, kl, leaf_of
 
@@ -86,6 +87,29 @@ def test_masked_out_places_do_not_matter(kernel_device, small_blocks, generator)
         assert torch.equal(found[0][1], found[1][1])
 
 
+# Of the ratio, by default: at them the gradient jumps.
+CLIP_BOUNDS = (0.8, 1.2, 3.0)
+# Relative; two exponentials in float32 are nearer to each other.
+EXP_ERROR = 3e-6
+
+
+def off_the_bounds(batch: Batch) -> Batch:
+    """Without the tokens that two exponentials may put on different sides of a bound."""
+    ratio = (batch.log_prob.double() - batch.old_log_prob.double()).exp()
+    near = [(ratio / bound - 1).abs() < EXP_ERROR for bound in CLIP_BOUNDS]
+    return batch._replace(mask=batch.mask & ~torch.stack(near).any(0))
+
+
+def test_a_token_on_a_bound_is_left_out(generator):
+    batch = random_batch((3, 43), generator)
+    mask = batch.mask.fill_(True)
+    old_log_prob = batch.log_prob - 0.01
+    old_log_prob[0, :3] = batch.log_prob[0, :3] - torch.tensor([0.8, 1.2 + 1e-6, 1.2 + 1e-4]).log()
+    kept = off_the_bounds(batch._replace(old_log_prob=old_log_prob)).mask
+    assert kept[0, :3].tolist() == [False, False, True]
+    assert kept.sum() == mask.sum() - 2
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnAGpu:
@@ -127,15 +151,12 @@ class TestOnAGpu:
         batch = leaf_of(random_batch((64, 1000), generator), "cuda")
         seed = torch.tensor([3], device="cuda")
         self.work(batch, seed)  # compiles
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waits_are_errors():
             self.work(batch, seed)
             clip_cov_loss(*batch, seed=5, covariance_metrics=True)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     def test_a_million_tokens_as_on_the_cpu(self, monkeypatch, generator):
-        batch = random_batch((256, 4099), generator)
+        batch = off_the_bounds(random_batch((256, 4099), generator))
         on_gpu = self.work(leaf_of(batch, "cuda"), torch.tensor([7], device="cuda"))
         monkeypatch.setenv("POWERKERNELS_BACKEND", "auto")
         on_cpu = self.work(leaf_of(batch), torch.tensor([7]))

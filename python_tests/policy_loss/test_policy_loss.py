@@ -21,7 +21,7 @@ from powerkernels import (
     ppo_clip_loss,
     reference_kl_loss,
 )
-from powerkernels.policy_loss import functional
+from powerkernels.policy_loss import advice, functional
 from powerkernels.policy_loss.advice import AdvantageScaleCheck
 from python_tests.covariance import expected as covariance_truth
 from python_tests.covariance.expected import bounds_of, packed, spread
@@ -716,6 +716,12 @@ def test_advantages_divided_by_the_number_of_tokens_are_warned_of_once(
     assert said(lambda: kl_cov_loss(*small)) == []
     monkeypatch.setattr(functional, "check_advantage_scale", AdvantageScaleCheck())
     assert said(lambda: kl_cov_loss(*small)) == []
+
+
+def test_the_figures_of_the_advice_are_made_on_the_device(monkeypatch):
+    """What torch.tensor makes comes from the host: on a GPU that is a wait."""
+    monkeypatch.setattr(torch, "tensor", None)
+    assert advice._figures(torch.full((3, 5), -2.0), None).tolist() == [2.0, 15.0]
 
 
 def test_ordinary_advantages_are_not_warned_of(generator, monkeypatch):

@@ -12,8 +12,9 @@ from torch import Tensor
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what verl imports
     algorithms = pytest.importorskip("verl.trainer.ppo.core_algos")
-    from verl.workers.config import ActorConfig
-    from verl.workers.config.actor import PolicyLossConfig
+    # By its imports, what verl itself lacks is named too.
+    ActorConfig = pytest.importorskip("verl.workers.config").ActorConfig
+    PolicyLossConfig = pytest.importorskip("verl.workers.config.actor").PolicyLossConfig
 
 
 def config(counts: dict[str, Any] | None = None, **settings: Any) -> Any:

@@ -15,6 +15,7 @@ from powerkernels.power_sampling import reference
 from powerkernels.power_sampling.graph_loop import CaptureError, DeviceLoop, HostLoop
 from powerkernels.power_sampling.lane_model import TransformersLaneModel
 from python_tests import fake_cuda
+from python_tests.cuda_modes import waits_are_errors
 from python_tests.power_sampling.test_paths import (
     PROMPTS,
     assert_same_chain,
@@ -25,6 +26,7 @@ from python_tests.power_sampling.test_paths import (
 needs_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.may_hang,
 ]
 
 
@@ -98,12 +100,8 @@ class TestOnAGpu:
         def strict_run(self: DeviceLoop, **options: object) -> int:
             nonlocal launches
             launches += 1
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                with torch.profiler.profile() as profile:
-                    ticks = run(self, **options)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+            with torch.profiler.profile() as profile, waits_are_errors():
+                ticks = run(self, **options)
             names = [event.key for event in profile.key_averages()]
             assert not [name for name in names if "Memcpy" in name and "HtoD" in name]
             assert not [name for name in names if name.startswith("aten::")]
@@ -111,7 +109,7 @@ class TestOnAGpu:
 
         monkeypatch.setattr(DeviceLoop, "run", strict_run)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the mode and the profiler are young
+            warnings.simplefilter("ignore")  # of the profiler
             assert_same_run(sampler.sample(PROMPTS), expected)
         assert launches >= 1
 

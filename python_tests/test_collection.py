@@ -1,0 +1,113 @@
+"""What conftest.py makes of a collection: what may hang runs last, large tests take turns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from python_tests.conftest import HANG_SECONDS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CONFTEST = """
+import json, os
+import pytest
+from python_tests.conftest import pytest_collection_modifyitems  # noqa: F401
+
+def pytest_configure(config):
+    for line in ("may_hang", "gpu_memory(gigabytes)", "timeout(seconds)", "xdist_group(name)"):
+        config.addinivalue_line("markers", line)
+
+@pytest.fixture(autouse=True)
+def note(request):
+    timeout = request.node.get_closest_marker("timeout")
+    seen = {
+        "name": request.node.name.partition("@")[0],
+        "worker": os.environ.get("PYTEST_XDIST_WORKER"),
+        "timeout": timeout and [*timeout.args, timeout.kwargs],
+    }
+    with open(os.environ["NOTES"], "a") as file:
+        file.write(json.dumps(seen) + "\\n")
+"""
+
+# Names by which "b" of a file is neither the first nor the last of it.
+TESTS = """
+import time
+import pytest
+
+@pytest.mark.may_hang
+def test_a_loop(): pass
+
+@pytest.mark.gpu_memory(5)
+def test_large(): time.sleep(0.05)
+
+@pytest.mark.parametrize("i", range(12))
+def test_small(i): time.sleep(0.01)
+
+@pytest.mark.may_hang
+@pytest.mark.timeout(7)
+def test_its_own_timeout(): pass
+
+@pytest.mark.gpu_memory(6)
+def test_larger(): time.sleep(0.05)
+
+def test_z(): pass
+"""
+
+
+def notes_of(folder: Path, *options: str) -> list[dict]:
+    """Of a run of two such files, in the order in which the tests began."""
+    (folder / "conftest.py").write_text(CONFTEST)
+    for name in ("test_one.py", "test_two.py"):
+        (folder / name).write_text(TESTS)
+    notes = folder / "notes"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NOTES": str(notes)}
+    for name in [name for name in environment if name.startswith("PYTEST_")]:
+        del environment[name]
+    command = [sys.executable, "-m", "pytest", str(folder), "--strict-markers", "-q"]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", *options],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in notes.read_text().splitlines()]
+
+
+HANGING = {"test_a_loop", "test_its_own_timeout"}
+# On one device they would stand in each other's way, and nothing else is kept in order.
+IN_TURN = {"test_large", "test_larger"}
+
+
+# pytest-timeout need not be there.
+@pytest.mark.parametrize("options", [[], ["-p", "no:timeout"]], ids=["as here", "no timeouts"])
+def test_what_may_hang_runs_last_with_a_timeout(tmp_path: Path, options: list[str]) -> None:
+    notes = notes_of(tmp_path, "-n", "0", *options)
+    assert len(notes) == 2 * 17
+    assert {note["name"] for note in notes[-4:]} == HANGING
+    assert not HANGING & {note["name"] for note in notes[:-4]}
+    others = [note["name"] for note in notes[:-4]]
+    assert others[:15] == others[15:] == ["test_large", *others[1:13], "test_larger", "test_z"]
+    timeouts = {note["name"]: note["timeout"] for note in notes if note["timeout"]}
+    assert timeouts == {
+        "test_a_loop": [HANG_SECONDS, {"method": "thread"}],
+        "test_its_own_timeout": [7, {}],
+    }
+
+
+def test_in_several_processes(tmp_path: Path) -> None:
+    """A process begins the last test that it has been given while another ends the one before."""
+    notes = notes_of(tmp_path, "-n", "2", "--dist", "loadgroup")
+    assert len(notes) == 2 * 17
+    first = min(i for i, note in enumerate(notes) if note["name"] in HANGING)
+    assert first >= len(notes) - 8
+    assert len({note["worker"] for note in notes if note["name"] in IN_TURN}) == 1
+    assert len({note["worker"] for note in notes}) == 2
