@@ -29,16 +29,18 @@ class AdvantageScaleCheck:
             self._judge(_figures(advantages, mask))
 
     def _later(self, advantages: Tensor, mask: Tensor | None) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            return
-        if self._pending is None:
-            figures = torch.empty(2, dtype=torch.float64, pin_memory=True)
-            figures.copy_(_figures(advantages, mask), non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._pending = figures, event
-        elif self._pending[1].query():
-            self._judge(self._pending[0])
+        # The current device may be another one, and events are of the current one's stream.
+        with torch.cuda.device(advantages.device):
+            if torch.cuda.is_current_stream_capturing():
+                return
+            if self._pending is None:
+                figures = torch.empty(2, dtype=torch.float64, pin_memory=True)
+                figures.copy_(_figures(advantages, mask), non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+                self._pending = figures, event
+            elif self._pending[1].query():
+                self._judge(self._pending[0])
 
     def _judge(self, figures: Tensor) -> None:
         self._done = True
@@ -55,7 +57,7 @@ def _figures(advantages: Tensor, mask: Tensor | None) -> Tensor:
     """float64 [2]: the largest |advantage|, and the number of tokens."""
     sizes = advantages.detach().abs().nan_to_num(0, 0, 0)
     if mask is None:
-        count = torch.tensor(sizes.numel(), dtype=torch.float64, device=sizes.device)
+        count = sizes.new_full((), sizes.numel(), dtype=torch.float64)
     else:
         kept = mask != 0
         count = kept.sum(dtype=torch.float64)
