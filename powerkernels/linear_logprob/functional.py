@@ -416,8 +416,10 @@ def _empty_gradients(
 
 def _kept_rows(counts: Tensor) -> Tensor | None:
     """Where counts [N] is true; None where everywhere, or where nobody may wait to know."""
-    if counts.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
+    if counts.is_cuda:
+        with torch.cuda.device(counts.device):  # whose stream is asked for
+            if torch.cuda.is_current_stream_capturing():
+                return None
     kept = counts.nonzero().squeeze(-1)
     return None if kept.shape[0] == counts.shape[0] else kept
 

@@ -592,7 +592,7 @@ def merge_kernel(
     )
     part = tl.arange(0, BLOCK)
     target_logits = tl.load(
-        target_logit_ptr + row * target_stride_row + part * target_stride_part,
+        target_logit_ptr + row * target_stride_row + part.to(tl.int64) * target_stride_part,
         mask=part < num_target_parts,
         other=-INFINITY,
     )

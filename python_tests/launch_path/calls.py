@@ -524,7 +524,8 @@ NO_TOKENS = {"no tokens", "no sequences"}
 def covariance(batch: Batch) -> None:
     log_prob, advantages, mask, cu_seqlens = batch
     pk.token_covariance(log_prob, advantages, mask, cu_seqlens=cu_seqlens)
-    pk.covariance_table(log_prob, advantages, mask, cu_seqlens=cu_seqlens)
+    if log_prob.numel() < 2**31:  # torch sorts no more
+        pk.covariance_table(log_prob, advantages, mask, cu_seqlens=cu_seqlens)
 
 
 def selection(batch: Batch) -> None:

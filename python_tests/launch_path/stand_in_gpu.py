@@ -83,11 +83,21 @@ class _Properties:
 
 class _Event:
     def record(self, stream: Any = None) -> None:
-        if _current != DEVICE.index:
-            raise RuntimeError(f"an event of cuda:{_current} is recorded for tensors on {DEVICE}")
+        _check_guarded("an event is recorded on")
 
     def query(self) -> bool:
         return False
+
+
+def _capturing() -> bool:
+    _check_guarded("asked about is")
+    return _is_capturing
+
+
+def _check_guarded(what: str) -> None:
+    """A stream that is not named is the current device's, whatever device the tensors are on."""
+    if _current != DEVICE.index:
+        raise RuntimeError(f"{what} the stream of cuda:{_current}, for tensors on {DEVICE}")
 
 
 @contextlib.contextmanager
@@ -148,7 +158,7 @@ def install(arch: int) -> None:
         "current_device": current_device,
         "get_device_capability": lambda device=None: divmod(arch, 10),
         "get_device_properties": lambda device=None: _Properties,
-        "is_current_stream_capturing": lambda: _is_capturing,
+        "is_current_stream_capturing": _capturing,
         "Event": _Event,
     }
     for name, value in replaced.items():
