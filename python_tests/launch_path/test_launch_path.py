@@ -29,10 +29,12 @@ ROOT = Path(__file__).parents[2]
 CALLS = "python_tests.launch_path.calls"
 TOY_CALLS = "python_tests.launch_path.toy_calls"
 ARCHES = (80, 90, 100)
-# Folders, each with a Triton that is not the installed one. Set, they ask for the long list too.
-OTHER_TRITONS = os.environ.get("LAUNCH_PATH_TRITONS")
-LONG = pytest.mark.skipif(not OTHER_TRITONS, reason="for make test-integrations")
-TRITONS = ["", *(OTHER_TRITONS or "").split(os.pathsep)] if OTHER_TRITONS else [""]
+# Set by `make test-integrations`, the second to folders, each with a Triton that is not the
+# installed one.
+LONG = pytest.mark.skipif(
+    not os.environ.get("LAUNCH_PATH_LONG"), reason="for make test-integrations"
+)
+TRITONS = ["", *filter(None, os.environ.get("LAUNCH_PATH_TRITONS", "").split(os.pathsep))]
 # Seconds, of a process that has hung.
 TIMEOUT = 3600
 # What is compiled by tiles of each architecture, or is as large as its shared memory; the rest is
@@ -91,10 +93,8 @@ def is_ordered(atomic: str) -> bool:
 def test_calls() -> None:
     report = report_of()
     check(report)
-    assert len(report["kernels"]) == 19
     # Twice, and once more in each of two orders.
-    assert all(report["kernels"].values())
-    assert sum(report["kernels"].values()) > 4 * len(report["calls"])
+    assert min(report["kernels"].values()) >= 4
 
 
 @pytest.mark.parametrize("arch", [80, 100])
