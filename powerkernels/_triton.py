@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
+
+from powerkernels._cuda_graph import on_device
 
 # The order of a sum's roundings is part of the contract: no contraction but the written one.
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
@@ -18,6 +19,4 @@ def power_of_2(n: int) -> int:
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    if tensor.device.type == "cuda":
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
+    return on_device(tensor.device)

@@ -120,7 +120,7 @@ def add_moments(
     return count, nonfinite, l0, l1, l2, l3, a0, a1, a2, a3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def moments_kernel(
     log_prob_ptr,
     advantages_ptr,
@@ -218,7 +218,7 @@ def store_covariances(
     store(cov_ptr, index, tl.where(mask, cov, 0.0), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def covariances_kernel(
     log_prob_ptr,
     advantages_ptr,
@@ -295,7 +295,7 @@ def store_unclipped(
     store(out_ptr, index, (kept & (clipped == 0)).to(tl.int8), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def unclipped_kernel(
     log_prob_ptr,
     old_log_prob_ptr,
@@ -413,7 +413,7 @@ def count_digits(keys, state_ptr, SHIFT: tl.constexpr, BITS: tl.constexpr):
     return tl.histogram(bins, NUM_BINS, mask=counted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences"])
 def histogram_kernel(
     log_prob_ptr,
     advantages_ptr,
@@ -470,9 +470,11 @@ def histogram_kernel(
         counts += count_digits(keys, state_ptr, SHIFT, BITS)
         nonzeros += nonzero.to(tl.int32)
     bin = tl.arange(0, NUM_BINS)
-    tl.atomic_add(counts_ptr + bin, counts.to(tl.int64), mask=counts > 0)
+    # Relaxed: only the sums count, and they are read by a later kernel. Ordered atomics would fence
+    # each of the 2048.
+    tl.atomic_add(counts_ptr + bin, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
     if state_ptr is None:
-        tl.atomic_add(counts_ptr + NONZERO, tl.sum(nonzeros).to(tl.int64))
+        tl.atomic_add(counts_ptr + NONZERO, tl.sum(nonzeros).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -523,7 +525,7 @@ def mark_keys(keys, index, inside, threshold, remaining, place, out_ptr):
     return tl.sum(tied)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_programs"])
 def mark_kernel(
     log_prob_ptr,
     advantages_ptr,

@@ -157,7 +157,7 @@ def _check(
     dtypes = (*CPP_DTYPES, torch.float64)
     check_tensor("query", query, dtypes)
     for name, tensor in (("key", key), ("value", value)):
-        check_tensor(name, tensor, (query.dtype,))
+        check_tensor(name, tensor, (query.dtype,), query.device)
         if tensor.ndim != 4 or tensor.shape[0] != query.shape[0]:
             raise ValueError(f"{name} must be [C, H, S, D] with query's C, got {described(tensor)}")
     if query.ndim != 3 or query.shape[2] != key.shape[3] or query.shape[1] % key.shape[1]:
@@ -169,7 +169,7 @@ def _check(
         raise ValueError(
             f"value must have key's C, H and S, got {described(value)} for key {described(key)}"
         )
-    check_tensor("lengths", lengths, (torch.int64,))
+    check_tensor("lengths", lengths, (torch.int64,), query.device)
     if lengths.shape != query.shape[:1]:
         raise ValueError(f"lengths must be [C], one per lane, got {described(lengths)}")
     if lengths.device.type == "cpu" and lengths.numel():
@@ -178,5 +178,8 @@ def _check(
             raise ValueError(f"lengths must be 1 to S = {key.shape[2]}, got {low} to {high}")
     if window is not None and window < 1:
         raise ValueError(f"window must be >= 1 or None, got {window!r}")
-    if sinks is not None and sinks.shape != query.shape[1:2]:
-        raise ValueError(f"sinks must be [Hq], one per query head, got {described(sinks)}")
+    if sinks is not None:
+        if sinks.device != query.device:
+            raise ValueError(f"sinks must be on {query.device}, got {described(sinks)}")
+        if sinks.shape != query.shape[1:2]:
+            raise ValueError(f"sinks must be [Hq], one per query head, got {described(sinks)}")

@@ -42,7 +42,6 @@ GENERAL = tl.constexpr(-1)
 
 NO_TOKEN = tl.constexpr(reference.NO_TOKEN)
 INFINITY = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Of the smallest finite float32; see key_of.
@@ -525,6 +524,8 @@ def finish_row(
 ):
     """log_prob, log_z, entropy, row_max, log_sum in nats; NaN for a row without a softmax."""
     bad = (max == -INFINITY) | (sum != sum) | (sum == 0.0)
+    # No global: at each launch Triton compares those with themselves, which a NaN is not equal to.
+    nan = float("nan")
     log_sum2 = tl.log2(sum)
     log_prob = (tl.fma(target_logit, scale, -centered(max, scale)) - log_sum2) * LN_2
     log_z = sum * 0.0
@@ -536,11 +537,11 @@ def finish_row(
     if ENTROPY:
         entropy = (log_sum2 - dot / sum) * LN_2
     return (
-        tl.where(bad, NAN, log_prob),
-        tl.where(bad, NAN, log_z),
-        tl.where(bad, NAN, entropy),
-        tl.where(bad, NAN, max),
-        tl.where(bad, NAN, log_sum2 * LN_2),
+        tl.where(bad, nan, log_prob),
+        tl.where(bad, nan, log_z),
+        tl.where(bad, nan, entropy),
+        tl.where(bad, nan, max),
+        tl.where(bad, nan, log_sum2 * LN_2),
     )
 
 
@@ -591,7 +592,7 @@ def merge_kernel(
     )
     part = tl.arange(0, BLOCK)
     target_logits = tl.load(
-        target_logit_ptr + row * target_stride_row + part * target_stride_part,
+        target_logit_ptr + row * target_stride_row + part.to(tl.int64) * target_stride_part,
         mask=part < num_target_parts,
         other=-INFINITY,
     )
@@ -1080,7 +1081,7 @@ def draw_kernel(
         log_z = (tl.log2(support_mass) - alpha * tl.log2(sum)) * LN_2
         # Below 1 a sum over a part may have either sign.
         log_z = tl.where(alpha >= 1.0, tl.minimum(log_z, 0.0), log_z)
-        log_z = tl.where(row_max == row_max, log_z, NAN)
+        log_z = tl.where(row_max == row_max, log_z, float("nan"))
     tl.store(token_ptr + row, tl.where(row_max == row_max, token, NO_TOKEN).to(tl.int64))
     tl.store(log_prob_ptr + row, log_prob)
     tl.store(log_z_ptr + row, log_z)

@@ -14,8 +14,12 @@ from powerkernels.power_sampling.lane_state import LaneState
 
 # Positions that are searched for the divergence at a time.
 BLOCK_T = 128
-# Lanes that a warp of a slot's program holds.
-LANES_PER_WARP, MAX_WARPS = 64, 16
+# Lanes that a warp of a slot's program holds; fewer than its threads cost as much as one a thread.
+MIN_LANES, LANES_PER_WARP, MAX_WARPS = 32, 64, 16
+# Of a thread, where that leaves room for all programs at once on a large GPU (132 multiprocessors).
+# Left to itself the assembler spills to end at 128, for the sake of warps that are not there.
+ROOMY_WARPS = 4
+MAX_REGISTERS = 192
 # Entries that a lane's program moves at a time, and its warps.
 MOVE_BLOCK, MOVE_WARPS = 1024, 8
 
@@ -26,7 +30,8 @@ def transition_of(state: LaneState) -> Callable[[TokenSamples | None], None]:
     device = state.lanes.device
     powers = torch.tensor([rules.alpha, rules.proposal_power], dtype=torch.float64, device=device)
     num_lanes, max_length = state.num_lanes, state.tokens.shape[2]
-    block_lanes = power_of_2(num_lanes)
+    block_lanes = max(power_of_2(num_lanes), MIN_LANES)
+    num_warps = min(max(block_lanes // LANES_PER_WARP, 1), MAX_WARPS)
     constants = {
         "OTHER_POWER": rules.proposal_power != rules.alpha,
         "BOUNDED": rules.bounded,
@@ -38,7 +43,8 @@ def transition_of(state: LaneState) -> Callable[[TokenSamples | None], None]:
         "STOP_AT_EOS": rules.stop_at_eos,
         "BLOCK_C": block_lanes,
         "BLOCK_T": BLOCK_T,
-        "num_warps": min(max(block_lanes // LANES_PER_WARP, 1), MAX_WARPS),
+        "num_warps": num_warps,
+        "maxnreg": MAX_REGISTERS if num_warps <= ROOMY_WARPS else None,
         **EXACT,
     }
 

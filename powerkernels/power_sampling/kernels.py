@@ -312,6 +312,7 @@ def mh_transition_kernel(
         written = tl.where(busy, cursor + 1, written)
         num_decoded = tl.sum(busy.to(tl.int32), axis=0)
         if num_decoded > 0:
+            # Relaxed: whoever reads the sum waits for the kernel.
             tl.atomic_add(totals_ptr + NUM_DECODED, num_decoded.to(tl.int64), sem="relaxed")
         if any_of(busy & (token < 0)):
             tl.store(totals_ptr + BAD, 1)

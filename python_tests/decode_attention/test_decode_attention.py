@@ -131,6 +131,10 @@ def test_opcheck(options: dict, generator: torch.Generator) -> None:
         ({"query": torch.zeros(5, 6, 64, dtype=torch.int32)}, TypeError, "query must be"),
         ({"key": torch.zeros(5, 2, 200, 64).half()}, TypeError, "key must be float32"),
         ({"value": torch.zeros(5, 2, 100, 64)}, ValueError, "value must have key's"),
+        ({"key": torch.zeros(5, 2, 200, 64, device="meta")}, ValueError, "key must be on cpu"),
+        ({"value": torch.zeros(5, 2, 200, 64, device="meta")}, ValueError, "value must be on cpu"),
+        ({"lengths": torch.ones(5, device="meta").long()}, ValueError, "lengths must be on cpu"),
+        ({"sinks": torch.zeros(6, device="meta")}, ValueError, "sinks must be on cpu"),
     ],
 )
 def test_bad_input(
