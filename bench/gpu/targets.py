@@ -123,7 +123,7 @@ def loop(setting: Setting) -> list[Step]:
 def figures(setting: Setting) -> list[Step]:
     """The benches of the kernels, into one file."""
     out = setting.file(FIGURES)
-    return [_bench(setting, part, out, 180) for part in setting.chosen(BENCH_PARTS)]
+    return [_bench(setting, part, out, 300) for part in setting.chosen(BENCH_PARTS)]
 
 
 def deep(setting: Setting) -> list[Step]:
