@@ -14,10 +14,10 @@ from typing import NoReturn
 import torch
 
 from bench.gpu import readiness, targets
-from bench.gpu.record import Record, digest, problems
+from bench.gpu.record import Record, problems
 from bench.gpu.session import Session, Stopped
 from bench.gpu.targets import TARGETS, Setting
-from bench.harness import machine
+from bench.harness import machine, results
 
 REHEARSAL = "rehearsal"
 # Well inside ten minutes, with what a machine's start and the copying of files take.
@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.target == REHEARSAL:
             return _rehearse(folder, build, options)
-        return _run(options.target, Setting(folder, build, False, tuple(options.part)), options)
+        environment = machine.environment(torch.device("cuda"))
+        setting = Setting(folder, build, False, environment, tuple(options.part))
+        return _run(options.target, setting, options)
     except Stopped as error:
         print(f"bench.gpu: stopped by {error}; what was done is in {folder}", file=sys.stderr)
         return EXIT_STOPPED
@@ -78,14 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(target: str, setting: Setting, options: argparse.Namespace) -> int:
-    device = torch.device("cpu" if setting.rehearsal else "cuda")
-    environment = {
-        **machine.environment(device),
-        "sources": digest(),
-        "rehearsal": setting.rehearsal,
-    }
-    if setting.rehearsal:
-        environment["device"] = "none (rehearsal)"
+    environment = {**setting.environment, "rehearsal": setting.rehearsal}
     record = Record(target, environment, setting.file(f"gpu-{target}.json"))
     if record.put_aside is not None:
         print(f"what gpu-{target}.json held is of another device or version: {record.put_aside}")
@@ -111,10 +106,12 @@ def _run(target: str, setting: Setting, options: argparse.Namespace) -> int:
 def _rehearse(folder: Path, build: readiness.Build, options: argparse.Namespace) -> int:
     print("a rehearsal: no GPU is used, nothing is measured")
     failed = []
+    # Of the stub clock, which the benches take.
+    environment = {**machine.environment(torch.device("cpu")), "device": results.STUB_DEVICE}
     for target in TARGETS:
-        setting = Setting(folder, build, True)
+        setting = Setting(folder, build, True, environment)
         status = _run(target, setting, options)
-        if status or list(problems(_data(setting.file(f"gpu-{target}.json")))):
+        if status or list(problems(results.read_json(setting.file(f"gpu-{target}.json")))):
             failed.append(f"gpu-{target}")
         print()
     reason = build.wait(REHEARSAL_SECONDS)
@@ -125,12 +122,6 @@ def _rehearse(folder: Path, build: readiness.Build, options: argparse.Namespace)
         print(f"would not go through: {', '.join(failed)}")
         return EXIT_FAILED
     return 0
-
-
-def _data(path: Path) -> object:
-    from bench.harness.results import read_json
-
-    return read_json(path)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> NoReturn:

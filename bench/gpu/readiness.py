@@ -10,8 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from bench.gpu.record import digest
-from bench.harness.machine import ROOT, git
+from bench.harness.machine import ROOT, digest, git
 
 # Of the machine that is meant: Hopper. Asked of the device where there is one.
 ARCHITECTURES = "90"

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
-
-from bench.harness.machine import ROOT
 
 SCHEMA = 1
 KEY = "gpu_record"
@@ -18,9 +15,6 @@ Status = Literal["passed", "failed", "timed out", "skipped", "stopped", "not rea
 STATUSES: tuple[Status, ...] = get_args(Status)
 # A record goes on only where these are as they were: figures of two devices share no file.
 SAME = ("device", "rehearsal")
-# What a step's outcome depends on.
-SOURCES = ("powerkernels", "csrc", "python_tests", "bench")
-SUFFIXES = {".py", ".cpp", ".h", ".cu"}
 
 
 class Record:
@@ -49,7 +43,7 @@ class Record:
             self.data["steps"] = before["steps"]
             self.data["started"] = before["started"]
         else:
-            self.put_aside = _free_name(path)
+            self.put_aside = free_name(path)
             path.rename(self.put_aside)
 
     @property
@@ -114,20 +108,6 @@ def problems(data: Any) -> Iterator[str]:
             yield f"step {name!r} does not say of which sources it is"
 
 
-def digest(folders: Iterable[str] = SOURCES, root: Path = ROOT) -> str:
-    """Of the sources in a checkout, so that a record can be told from that of other code.
-
-    A copy of a checkout without its history has the same.
-    """
-    total = hashlib.sha256()
-    for folder in folders:
-        for path in sorted((root / folder).rglob("*")):
-            if path.suffix in SUFFIXES and path.is_file():
-                total.update(path.relative_to(root).as_posix().encode() + b"\0")
-                total.update(path.read_bytes() + b"\0")
-    return total.hexdigest()[:16]
-
-
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         data: dict[str, Any] = json.loads(path.read_text())
@@ -144,7 +124,8 @@ def _goes_on(before: dict[str, Any], target: str, environment: dict[str, Any]) -
     return all(before["environment"][name] == environment[name] for name in SAME)
 
 
-def _free_name(path: Path) -> Path:
+def free_name(path: Path) -> Path:
+    """Beside a file, where nothing is yet."""
     number = 1
     while (beside := path.with_name(f"{path.stem}-before-{number}{path.suffix}")).exists():
         number += 1

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.record import Record, Status, digest
-from bench.harness.machine import ROOT
+from bench.gpu.record import Record, Status
+from bench.harness.machine import ROOT, digest
 
 # Below this a step is not begun: a process that imports torch and compiles a kernel takes as long.
 MIN_SECONDS = 15.0

@@ -9,15 +9,16 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.gpu import depth, first_calls, goals, pytest_log, readiness, tick
-from bench.gpu.record import digest
+from bench.gpu.record import free_name
 from bench.gpu.session import Step
 from bench.harness import results, table
+from bench.harness.machine import digest
 
 PYTHON = sys.executable
 # Folders of python_tests with tests that need a GPU, those that need no compiled part first, and
@@ -53,12 +54,14 @@ class Setting:
         out: folder of its files.
         build: of the compiled part, under way.
         rehearsal: without a GPU, as far as it goes.
+        environment: of the machine, as its figures carry it.
         parts: folders of tests or benches; () is all.
     """
 
     out: Path
     build: readiness.Build
     rehearsal: bool
+    environment: Mapping[str, Any]
     parts: tuple[str, ...] = ()
 
     def file(self, name: str) -> Path:
@@ -211,13 +214,30 @@ def _bench(setting: Setting, part: str, out: Path, seconds: float) -> Step:
     command += ["--part", part, "--out", str(out), "--resume"]
     if setting.rehearsal:
         command.append("--quick")
+
+    def ready(seconds: float) -> str | None:
+        put_aside_of_another(out, setting.environment)
+        return setting.ready(seconds) if part in ("power_sampling", JOBS) else None
+
     return Step(
         f"bench of {part}",
         command,
         seconds=seconds,
-        ready=setting.ready if part in ("power_sampling", JOBS) else lambda seconds: None,
+        ready=ready,
         read=functools.partial(_bench_counts, out, part),
     )
+
+
+def put_aside_of_another(path: Path, environment: Mapping[str, Any]) -> None:
+    """Figures of another version or device share no file with those to come."""
+    if not path.exists():
+        return
+    try:
+        before = results.load(path, stub_clock=True)[results.KEY]["environment"]
+    except ValueError:  # cut off
+        before = {}
+    if any(before.get(name) != environment.get(name) for name in results.SAME):
+        path.rename(free_name(path))
 
 
 def _no_compiler(setting: Setting, compile: bool) -> str | None:

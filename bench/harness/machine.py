@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ import powerkernels
 from powerkernels import _extension
 
 ROOT = Path(__file__).resolve().parents[2]
+# What a figure depends on.
+SOURCES = ("powerkernels", "csrc", "bench")
+SUFFIXES = {".py", ".cpp", ".h", ".cu"}
 # The commit of a tree that was copied without its history.
 COMMIT = "POWERKERNELS_COMMIT"
 DISTRIBUTIONS = (
@@ -38,6 +43,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "powerkernels": powerkernels.__version__,
         **_commit(),
+        "sources": digest(),
         "device": device_name(device),
         "device_type": device.type,
         "driver": _nvidia_smi("driver_version") if device.type == "cuda" else None,
@@ -62,6 +68,17 @@ def _commit() -> dict[str, Any]:
         "commit": head,
         "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def digest(folders: Iterable[str] = SOURCES, root: Path = ROOT) -> str:
+    """Of the sources in a checkout: a copy of it without its history has the same."""
+    total = hashlib.sha256()
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in SUFFIXES and path.is_file():
+                total.update(path.relative_to(root).as_posix().encode() + b"\0")
+                total.update(path.read_bytes() + b"\0")
+    return total.hexdigest()[:16]
 
 
 def device_name(device: torch.device) -> str:

@@ -24,7 +24,7 @@ from bench.harness.cases import Case, Kernel, Variant
 SCHEMA = 1
 KEY = "suite"
 # A file goes on with --resume only where these are as they were.
-SAME = ("commit", "changed", "device", "threads", "torch")
+SAME = ("commit", "changed", "sources", "device", "threads", "torch")
 # The device of a rehearsal's file, whose times are none.
 STUB_DEVICE = "none (stub clock)"
 

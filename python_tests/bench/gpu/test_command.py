@@ -59,7 +59,7 @@ def test_a_rehearsal_goes_through_all_four(
     for target in NAMES:
         data = load(tmp_path / "out" / f"gpu-{target}.json")
         assert data["environment"]["rehearsal"] is True
-        assert data["environment"]["device"] == "none (rehearsal)"
+        assert data["environment"]["device"] == "none (stub clock)"
         assert data["steps"][f"step of {target}"]["status"] == "passed"
     assert (tmp_path / "out" / "gpu.log").exists()
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from bench.gpu import session as session_module
-from bench.gpu.record import KEY, Record, digest, load, problems
+from bench.gpu.record import KEY, Record, load, problems
 from bench.gpu.session import Session, Step, Stopped
 from bench.harness import machine, report
-from bench.harness.machine import ROOT
+from bench.harness.machine import ROOT, digest
 
 ENVIRONMENT = {
     "device": "NVIDIA H100 80GB HBM3",

@@ -31,7 +31,7 @@ class Built:
 
 def setting(out: Path, *, reason: str | None = None, **options: Any) -> Setting:
     build: Any = Built(reason)
-    return Setting(out, build, **{"rehearsal": False, **options})
+    return Setting(out, build, **{"rehearsal": False, "environment": {}, **options})
 
 
 def named(steps: list[Step]) -> dict[str, Step]:
@@ -244,6 +244,21 @@ def test_a_claim_stands_beside_figures_of_its_device_only(
 ) -> None:
     printed = targets._figure_lines(with_device(stub, tmp_path / "f.json", device))
     assert any("0.89 ms on an H100" in line for line in printed) == held
+
+
+@pytest.mark.parametrize("name", ["sources", "device", "commit"])
+def test_figures_of_another_share_no_file(stub: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / targets.FIGURES
+    path.write_text(stub.read_text())
+    environment = json.loads(stub.read_text())[results.KEY]["environment"]
+    targets.put_aside_of_another(path, environment)
+    assert path.exists()
+    targets.put_aside_of_another(path, environment | {name: "another"})
+    assert not path.exists()
+    assert (tmp_path / "gpu-bench-before-1.json").read_text() == stub.read_text()
+    path.write_text('{"cut": ')
+    targets.put_aside_of_another(path, environment)
+    assert (tmp_path / "gpu-bench-before-2.json").exists()
 
 
 def test_ncu_looks_at_what_misses_its_goal(stub: Path, tmp_path: Path) -> None:
