@@ -83,8 +83,6 @@ class Session:
         """
         deadline = time.monotonic() + self.budget
         digests = {step.name: digest(step.sources) for step in steps}
-        for name in set(self.record.steps) - set(digests):
-            del self.record.steps[name]  # of another version's list
         fault: str | None = None
         for step in self._in_order(steps, digests):
             sources = digests[step.name]
@@ -131,10 +129,9 @@ class Session:
         return before.get("status") == "passed" and before["sources"] == sources
 
     def _not_reached(self, step: Step, sources: str, reason: str) -> None:
-        if self.record.steps.get(step.name, {}).get("status") == "passed":
-            return  # of other sources, which the table says
         self.say(f"{step.name}: not reached, {reason}")
-        self.record.set(step.name, "not reached", detail=reason, sources=sources)
+        if step.name not in self.record.steps:  # else what an earlier run found stays
+            self.record.set(step.name, "not reached", detail=reason, sources=sources)
 
     def _run_one(self, step: Step, sources: str, limit: float) -> Status:
         self.say(f"{step.name}: at most {limit:.0f} s")
@@ -160,7 +157,7 @@ class Session:
     def _entry(self, step: Step, sources: str, begin: float, detail: str | None) -> dict[str, Any]:
         try:
             found = step.read()
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever a process that was killed may leave
             found = {}
             detail = detail or f"its results are unreadable: {type(error).__name__}: {error}"
         details = [each for each in (detail, found.pop("detail", None)) if each]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ import torch
 from bench.gpu import session as session_module
 from bench.gpu.record import KEY, Record, load, problems
 from bench.gpu.session import Session, Step, Stopped
-from bench.harness import machine, report
+from bench.harness import machine
 from bench.harness.machine import ROOT, digest
 
 ENVIRONMENT = {
@@ -174,6 +176,16 @@ def test_a_pass_at_other_sources_is_kept_where_the_time_is_up(
     assert load(tmp_path / "gpu-loop.json")["steps"]["a"] == before
 
 
+def test_what_an_earlier_run_found_is_kept(make: Callable[..., Session], tmp_path: Path) -> None:
+    """Where the time is up, and where only a part is asked for."""
+    bad = step("a", "raise SystemExit(1)", read=lambda: {"found": 7})
+    make().run([bad, step("b")])
+    before = load(tmp_path / "gpu-loop.json")["steps"]
+    assert not make(budget=1).run([bad])
+    assert load(tmp_path / "gpu-loop.json")["steps"] == before
+    assert before["a"]["found"] == 7
+
+
 def test_a_device_that_is_gone_ends_the_run(make: Callable[..., Session], tmp_path: Path) -> None:
     said: list[str] = []
     asked: list[str] = []
@@ -203,6 +215,7 @@ from bench.gpu.record import Record
 from bench.gpu.session import Session, Step, Stopped
 folder = Path({str(tmp_path)!r})
 signal.signal(signal.SIGTERM, _on_signal)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job lacks
 record = Record("loop", {ENVIRONMENT!r}, folder / "gpu-loop.json")
 session = Session(record, folder / "gpu.log", 60, lambda text: print(text, flush=True))
 steps = [
@@ -214,20 +227,23 @@ try:
 except Stopped as error:
     sys.exit(f"stopped by {{error}}")
 """
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("slow"):
-            break
-    time.sleep(0.3)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    ) as process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("slow"):
+                    break
+            time.sleep(0.3)
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
     name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
     assert errors.splitlines()[-1] == f"stopped by {name}"
     steps = load(tmp_path / "gpu-loop.json")["steps"]
@@ -315,7 +331,13 @@ def test_stopped_is_no_error_of_a_step() -> None:
 # ---- in the report
 
 
-def test_a_record_is_a_section_of_the_report(tmp_path: Path) -> None:
+@pytest.fixture
+def report() -> ModuleType:
+    pytest.importorskip("matplotlib")  # of the plots
+    return importlib.import_module("bench.harness.report")
+
+
+def test_a_record_is_a_section_of_the_report(report: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "gpu_loop_h100.json"
     record = Record("loop", ENVIRONMENT | {"commit": "0123456789abcdef"}, path)
     record.set("tests of transition", "passed", sources="", detail="17 passed", seconds=31.0)
@@ -329,7 +351,7 @@ def test_a_record_is_a_section_of_the_report(tmp_path: Path) -> None:
     assert "| eager | RuntimeError: no |" in text
 
 
-def test_a_rehearsals_record_is_refused_by_the_report(tmp_path: Path) -> None:
+def test_a_rehearsals_record_is_refused_by_the_report(report: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "gpu_loop.json"
     Record("loop", ENVIRONMENT | {"rehearsal": True}, path).write()
     with pytest.raises(ValueError, match="nothing in it was measured"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from bench import suite
 from bench.gpu import depth, first_calls, goals, stub_clock, targets, tick
 from bench.gpu.session import Step
 from bench.gpu.targets import TARGETS, Setting
-from bench.harness import comparison, report, results, timing
+from bench.harness import comparison, machine, results, timing
 from bench.harness.machine import ROOT
 
 
@@ -187,7 +188,7 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stub") / targets.FIGURES
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "interleaved", timing.interleaved)  # put back afterwards
-        patch.setattr(results_machine(), "device_name", results_machine().device_name)
+        patch.setattr(machine, "device_name", machine.device_name)
         status = stub_clock.main(
             ["sample_tokens", "select_top_cov", "--quick", "--peers", "none", "--out", str(path)]
         )
@@ -195,13 +196,9 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def results_machine() -> Any:
-    from bench.harness import machine
-
-    return machine
-
-
 def test_a_rehearsals_times_are_not_taken_for_measured(stub: Path) -> None:
+    pytest.importorskip("matplotlib")  # of the plots
+    report = importlib.import_module("bench.harness.report")
     for read in (
         results.load,
         report.section,
