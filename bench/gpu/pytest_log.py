@@ -4,13 +4,18 @@
 
 A machine that goes away in the middle leaves the lines of the tests that ended. A later run with
 the same key (the digest of the sources) leaves out those that passed. A kernel that breaks the
-process's CUDA context fails its own test alone: the process is replaced after it.
+process's CUDA context fails its own test alone: the process is replaced after it. For
+`--dist load`: with `loadgroup` pytest-xdist 3.8 may wait for ever once a process has ended. Tests
+of one xdist_group take turns all the same.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +27,8 @@ BROKEN_EXIT = 70
 # For the reports that are on their way to the main process of pytest-xdist.
 SEND_SECONDS = 1.0
 MAX_REASON = 300
+# What the main process hands to the others.
+DONE, LOCKS = "test_log_done", "test_log_locks"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,11 +41,18 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--test-log")
     if path is None:
         return
+    workers = getattr(config, "workerinput", None)
+    if workers is not None:
+        config.pluginmanager.register(_Runner(workers[DONE], Path(workers[LOCKS])))
+        return
     key = config.getoption("--test-log-key")
-    # Read by every process before any of them runs a test, so that all leave out the same.
-    config.pluginmanager.register(_Leaver(passed(path, key)))
-    if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(_Writer(path, key))
+    locks = tempfile.mkdtemp(prefix="test-log-")
+    config.add_cleanup(lambda: shutil.rmtree(locks, ignore_errors=True))
+    done = sorted(passed(path, key))
+    config.pluginmanager.register(_Runner(done, Path(locks)))
+    config.pluginmanager.register(_Writer(path, key))
+    if config.pluginmanager.has_plugin("xdist"):
+        config.pluginmanager.register(_Distributor(done, locks))
 
 
 def outcomes(path: Path, key: str) -> dict[str, dict[str, Any]]:
@@ -60,12 +74,41 @@ def passed(path: Path, key: str) -> frozenset[str]:
     )
 
 
-class _Leaver:
-    """In every process: leaves out what passed, and ends a process whose context is broken."""
+class _Distributor:
+    """In the main process: what pytest-xdist tells its processes.
 
-    def __init__(self, done: frozenset[str]) -> None:
-        self._done = done
+    All the same, however late one is begun: it refuses processes that find other tests.
+    """
+
+    def __init__(self, done: Sequence[str], locks: str) -> None:
+        self._input = {DONE: list(done), LOCKS: locks}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        node.workerinput.update(self._input)
+
+
+class _Runner:
+    """In every process: leaves out what passed, and ends a process whose context is broken.
+
+    Args:
+        done: tests to leave out.
+        locks: folder of a file for each group whose tests take turns.
+    """
+
+    def __init__(self, done: Sequence[str], locks: Path) -> None:
+        self._done, self._locks = frozenset(done), locks
         self._has_failed = False
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)  # around a timeout, which begins after the wait
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        marker = item.get_closest_marker("xdist_group")
+        if marker is None:
+            return (yield)
+        name = marker.args[0] if marker.args else marker.kwargs["name"]
+        with (self._locks / name).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given back if the process ends
+            return (yield)
 
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
@@ -97,6 +140,7 @@ class _Writer:
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
         self._reports: dict[str, list[Any]] = {}
+        self._failed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         test = report.nodeid.partition("@")[0]
@@ -104,6 +148,10 @@ class _Writer:
         # "???" is pytest-xdist's word for a test whose process has ended.
         if report.when in ("teardown", "???"):
             entry = {"test": test, "key": self._key, **_summary(self._reports.pop(test))}
+            if test in self._failed:
+                return  # that its process has ended too says less
+            if entry["outcome"] == "failed":
+                self._failed.add(test)
             with self._path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
@@ -112,17 +160,22 @@ def _summary(reports: Sequence[Any]) -> dict[str, Any]:
     outcome, reason = "passed", None
     for report in reports:
         if report.failed:
-            outcome, reason = "failed", str(report.longrepr).strip().splitlines()[-1:]
+            outcome, reason = "failed", _first_line(report.longrepr)
         elif report.skipped and outcome != "failed":
             outcome, reason = "skipped", _reason(report)
-    if isinstance(reason, list):
-        reason = reason[0] if reason else ""
     seconds = sum(report.duration for report in reports)
     return {
         "outcome": outcome,
         "seconds": round(seconds, 2),
         **({"reason": reason[:MAX_REASON]} if reason else {}),
     }
+
+
+def _first_line(found: Any) -> str:
+    """Of what was raised; of a process that has ended, pytest-xdist's text."""
+    crash = getattr(found, "reprcrash", None)
+    lines = str(found if crash is None else crash.message).strip().splitlines()
+    return lines[0] if lines else ""
 
 
 def _reason(report: Any) -> str:

@@ -194,7 +194,7 @@ def _tests(
     ]
     if importlib.util.find_spec("xdist") is not None:
         number = min(processes, os.cpu_count() or 1)
-        command += ["-n", str(number), "--dist", "loadgroup"]
+        command += ["-n", str(number), "--dist", "load"]
     if importlib.util.find_spec("pytest_timeout") is not None:
         # By a thread, which ends the process: a test that waits for a device hears no signal.
         command += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]

@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("options", [(), ("-n", "2", "--dist", "loadgroup")], ids=["one", "xdist"])
+@pytest.mark.parametrize("options", [(), ("-n", "2", "--dist", "load")], ids=["one", "xdist"])
 def test_outcomes_and_what_is_left_out_next_time(folder: Path, options: tuple[str, ...]) -> None:
     first = run(folder, *options)
     assert "3 passed" in first.stdout, first.stdout + first.stderr
@@ -64,7 +64,8 @@ def test_outcomes_and_what_is_left_out_next_time(folder: Path, options: tuple[st
         "test_several[2]": "passed",
     }
     assert found["test_skipped"][1] == "needs a CUDA device"
-    assert "AssertionError" in str(found["test_bad"][1])
+    assert found["test_bad"][1] == "assert 1 == 2"
+    assert found["test_of_a_broken_fixture"][1] == "RuntimeError: the fixture breaks"
 
     second = run(folder, *options)
     assert "passed" not in second.stdout.splitlines()[-1]
@@ -74,21 +75,62 @@ def test_outcomes_and_what_is_left_out_next_time(folder: Path, options: tuple[st
         assert "3 passed" in other.stdout
 
 
-def test_a_process_that_dies_fails_its_own_test_alone(folder: Path) -> None:
+@pytest.mark.parametrize("processes", ["1", "3"])
+def test_a_process_that_dies_fails_its_own_test_alone(folder: Path, processes: str) -> None:
+    """And the test is not begun again, though what was to follow it is."""
     (folder / "test_some.py").write_text(
         "import os, pytest\n"
-        "def test_dies(): os._exit(9)\n"
-        "@pytest.mark.parametrize('n', range(6))\n"
+        f"begun = {str(folder / 'begun')!r}\n"
+        "@pytest.mark.parametrize('n', range(30))\n"
         "def test_lives(n): pass\n"
+        "@pytest.mark.xdist_group('g')\n"
+        "@pytest.mark.parametrize('n', range(3))\n"
+        "def test_dies(n):\n"
+        "    open(begun, 'a').write(f'{n}\\n')\n"
+        "    if n == 1: os._exit(9)\n"
     )
-    run(folder, "-n", "1")
+    options = ("-n", processes, "--dist", "load")
+    result = run(folder, *options)
     found = outcomes(folder / "log.jsonl", "k")
     failed = {test.partition("::")[2] for test, e in found.items() if e["outcome"] == "failed"}
-    assert failed == {"test_dies"}
-    assert len(passed(folder / "log.jsonl", "k")) == 6
+    assert failed == {"test_dies[1]"}, result.stdout
+    assert len(passed(folder / "log.jsonl", "k")) == 32
+    assert sorted((folder / "begun").read_text().split()) == ["0", "1", "2"]
+    # What passed is left out, by the processes that replace others too.
+    again = run(folder, *options)
+    assert "INTERNALERROR" not in again.stdout + again.stderr
+    assert sorted((folder / "begun").read_text().split()) == ["0", "1", "1", "2"]
 
 
-@pytest.mark.parametrize("options", [("-n", "1"), ()], ids=["xdist", "one"])
+def test_a_process_that_replaces_another_finds_the_same_tests(folder: Path) -> None:
+    """Though some have passed meanwhile."""
+    (folder / "test_some.py").write_text(
+        "import os, pytest, time\n"
+        "@pytest.mark.parametrize('n', range(40))\n"
+        "def test_some(n):\n"
+        "    time.sleep(0.01)\n"
+        "    if n == 5: os._exit(9)\n"
+    )
+    result = run(folder, "-n", "2", "--dist", "load")
+    assert "INTERNALERROR" not in result.stdout + result.stderr
+    assert "1 failed, 39 passed" in result.stdout
+
+
+def test_tests_of_a_group_take_turns(folder: Path) -> None:
+    (folder / "test_some.py").write_text(
+        "import pathlib, pytest, time\n"
+        f"busy = pathlib.Path({str(folder / 'busy')!r})\n"
+        "@pytest.mark.xdist_group(name='large')\n"
+        "@pytest.mark.parametrize('n', range(8))\n"
+        "def test_some(n):\n"
+        "    busy.touch(exist_ok=False)\n"
+        "    time.sleep(0.05)\n"
+        "    busy.unlink()\n"
+    )
+    assert "8 passed" in run(folder, "-n", "4", "--dist", "load").stdout
+
+
+@pytest.mark.parametrize("options", [("-n", "1", "--dist", "load"), ()], ids=["xdist", "one"])
 def test_a_broken_context_ends_its_process(folder: Path, options: tuple[str, ...]) -> None:
     """Stands in for torch.cuda: after the first failure every call of CUDA fails."""
     (folder / "conftest.py").write_text(
@@ -108,6 +150,8 @@ def test_a_broken_context_ends_its_process(folder: Path, options: tuple[str, ...
     found = outcomes(folder / "log.jsonl", "k")
     statuses = {test.partition("::")[2]: entry["outcome"] for test, entry in found.items()}
     assert statuses["test_breaks"] == "failed"
+    (entry,) = (e for test, e in found.items() if test.endswith("test_breaks"))
+    assert "an illegal memory access" in entry["reason"]
     if options:
         assert all(statuses[f"test_after[{n}]"] == "passed" for n in range(4)), result.stdout
     else:
