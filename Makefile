@@ -54,7 +54,7 @@ PYTHON_FILES := powerkernels python_tests bench examples docs setup.py csrc/buil
 
 BENCH = $(PY) -m powerkernels.cli bench
 GPU = $(PY) -m bench.gpu
-GPU_OPTIONS = $(if $(OUT),--out $(OUT)) $(PART:%=--part %) $(if $(BUDGET),--budget $(BUDGET)) $(if $(FRESH),--fresh)
+GPU_OPTIONS = $(if $(OUT),--out '$(OUT)') $(PART:%=--part %) $(if $(BUDGET),--budget $(BUDGET)) $(if $(FRESH),--fresh)
 
 SYSTEM_PYTHON_CHECK = import importlib.util as u, sys; \
 	lacks = [m for m in ("torch", "triton", "numpy", "pytest", "pytest_benchmark") if u.find_spec(m) is None]; \

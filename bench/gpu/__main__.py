@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder is None and options.target == REHEARSAL:
         folder = Path(tempfile.mkdtemp(prefix="gpu-rehearsal-"))
     folder = folder or machine.ROOT / "build" / "gpu"
-    folder.mkdir(parents=True, exist_ok=True)
+    reason = readiness.why_no_folder(folder)
+    if reason is not None:
+        print(f"bench.gpu: {reason}", file=sys.stderr)
+        return EXIT_CANNOT
     signal.signal(signal.SIGTERM, _on_signal)
     build = readiness.Build(folder / "gpu-build.log")
     try:
@@ -66,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         help="JSON and log; a run goes on with what is there (default: build/gpu)",
     )
     parser.add_argument(
-        "--budget", type=float, default=None, metavar="S", help="seconds (default: 540)"
+        "--budget", type=_seconds, default=None, metavar="S", help="seconds (default: 540)"
     )
     parser.add_argument(
         "--part",
@@ -77,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--fresh", action="store_true", help="what passed is run again too")
     return parser
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be > 0 seconds, got {text}")
+    return value
 
 
 def _run(target: str, setting: Setting, options: argparse.Namespace) -> int:

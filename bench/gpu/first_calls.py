@@ -37,7 +37,7 @@ CALLS = 2
 WITHOUT = ("jobs",)
 DRAWS = ("sample_tokens",)
 # A reference that is as near as the old policy would compare 1 - x + exp(-x), which cancels.
-KL_DISTANCE = 1.5
+KL_DISTANCE = 3.0
 
 
 class Op(NamedTuple):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bench.harness.machine import ROOT, digest, git
 # Of the machine that is meant: Hopper. Asked of the device where there is one.
 ARCHITECTURES = "90"
 DEVICE_SECONDS = 60  # a device that does not answer by then is gone
+ROOM_BYTES = 2**22  # what a target writes
 BUILD = ROOT / "csrc" / "build.py"
 # The digest of the sources that the extension in the tree was built from. A tree that is copied
 # to a machine once more may have new times and the old extension.
@@ -104,6 +106,17 @@ def device_fault() -> str | None:
         return None
     lines = found.stderr.strip().splitlines()
     return lines[-1] if lines else f"exit status {found.returncode}"
+
+
+def why_no_folder(folder: Path) -> str | None:
+    """Why nothing can be kept in a folder, in a line; makes it if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * ROOM_BYTES)
+    except OSError as error:
+        return f"--out: nothing can be kept in {folder}: {error.strerror}"
+    return None
 
 
 def why_no_program(name: str, advice: str) -> str | None:

@@ -104,6 +104,13 @@ def test_a_tree_that_is_not_whole_is_refused(
     assert capsys.readouterr().err == f"bench.gpu: {reason}\n"
 
 
+@pytest.mark.parametrize("budget", ["0", "-1", "nan", "soon"])
+def test_a_budget_that_is_none(budget: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["rehearsal", "--budget", budget])
+    assert "--budget" in capsys.readouterr().err
+
+
 def test_make_asks_for_no_pip_with_an_interpreter_of_ones_own() -> None:
     for target in ("gpu-correctness", "gpu-loop", "gpu-figures", "gpu-depth", "gpu-rehearsal"):
         made = subprocess.run(
@@ -113,7 +120,9 @@ def test_make_asks_for_no_pip_with_an_interpreter_of_ones_own() -> None:
             text=True,
             check=True,
         ).stdout
-        assert f"{sys.executable} -m bench.gpu {target.removeprefix('gpu-')} --out /tmp/out" in made
+        assert (
+            f"{sys.executable} -m bench.gpu {target.removeprefix('gpu-')} --out '/tmp/out'" in made
+        )
         assert "pip" not in made
 
 
@@ -132,7 +141,7 @@ def test_make_names_what_such_an_interpreter_lacks(tmp_path: Path) -> None:
 
 
 def test_options_reach_the_command() -> None:
-    options = ["OUT=/o", "PART=logprob covariance", "BUDGET=100", "FRESH=1"]
+    options = ["OUT=/an o", "PART=logprob covariance", "BUDGET=100", "FRESH=1"]
     made = subprocess.run(
         ["make", "-n", "gpu-correctness", "SYSTEM_PYTHON=1", f"PYTHON={sys.executable}", *options],
         cwd=ROOT,
@@ -140,4 +149,4 @@ def test_options_reach_the_command() -> None:
         text=True,
         check=True,
     ).stdout
-    assert "--out /o --part logprob --part covariance --budget 100 --fresh" in made
+    assert "--out '/an o' --part logprob --part covariance --budget 100 --fresh" in made

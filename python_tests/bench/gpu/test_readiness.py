@@ -207,3 +207,19 @@ def test_a_program_that_is_not_there() -> None:
     found = readiness.why_no_program("no-such-ncu", "part of the CUDA toolkit")
     assert found == "no-such-ncu is not on PATH (part of the CUDA toolkit)"
     assert readiness.why_no_program("sh", "") is None
+
+
+def test_a_folder_that_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert readiness.why_no_folder(tmp_path / "new" / "folder") is None
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    file = tmp_path / "file"
+    file.touch()
+    expected = f"--out: nothing can be kept in {file}: File exists"
+    assert readiness.why_no_folder(file) == expected
+
+    def full(dir: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(readiness.tempfile, "TemporaryFile", full)
+    expected = f"--out: nothing can be kept in {tmp_path}: No space left on device"
+    assert readiness.why_no_folder(tmp_path) == expected
