@@ -116,6 +116,15 @@ def test_a_process_that_replaces_another_finds_the_same_tests(folder: Path) -> N
     assert "1 failed, 39 passed" in result.stdout
 
 
+@pytest.mark.parametrize("options", [(), ("-n", "2", "--dist", "load")], ids=["one", "xdist"])
+def test_nothing_left_is_no_failure(folder: Path, options: tuple[str, ...]) -> None:
+    (folder / "test_some.py").write_text("def test_good(): pass\n")
+    assert [run(folder, *options).returncode for _ in range(2)] == [0, 0]
+    (folder / "log.jsonl").unlink()
+    (folder / "test_some.py").write_text("")
+    assert run(folder, *options).returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
 def test_tests_of_a_group_take_turns(folder: Path) -> None:
     (folder / "test_some.py").write_text(
         "import pathlib, pytest, time\n"
