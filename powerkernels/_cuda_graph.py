@@ -45,6 +45,28 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
+@contextlib.contextmanager
+def waits_are_errors() -> Iterator[None]:
+    """Inside, an operation of torch that waits for a CUDA device raises RuntimeError.
+
+    torch warns that the mode is young after it has set it: the mode is put back even where that
+    warning, or another, is an error.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        _set_sync_debug_mode("error")
+        yield
+    finally:
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        # It does not find every wait, which is what the capture is for.
+        warnings.filterwarnings("ignore", ".*prototype feature", UserWarning)
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 def moved(name: str, tensor: Tensor, device: torch.device) -> Tensor:
     """A small argument on the device of the others, if a capture can hold the copy.
 

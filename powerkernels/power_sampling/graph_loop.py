@@ -8,10 +8,8 @@ the flag in every round; `HostLoop` does the same work from Python, on any devic
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from powerkernels import _cuda_graph, _extension
 from powerkernels._arguments import check_number, check_shape, check_tensor, described
-from powerkernels._cuda_graph import EmptyGraphError, on_device
+from powerkernels._cuda_graph import EmptyGraphError, on_device, waits_are_errors
 from powerkernels.power_sampling.operator_watch import (
     OperatorWatch,
     random_states,
@@ -358,7 +356,7 @@ def _dry_run(tick: Callable[[], object], device: torch.device) -> None:
     """One call of the tick in which waits for the device, and random numbers, are errors."""
 
     def call() -> None:
-        with _waits_are_errors():
+        with waits_are_errors():
             tick()
 
     states = random_states(device)
@@ -415,22 +413,6 @@ def _cannot_capture(what: str, error: Exception | None = None) -> str:
     lines = str(error).strip().splitlines() if error is not None else []
     cause = f" ({type(error).__name__}: {lines[0]})" if lines else ""
     return f"the tick cannot be captured in a CUDA graph: {what}{cause}; HostLoop takes it as it is"
-
-
-@contextlib.contextmanager
-def _waits_are_errors() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    _set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        _set_sync_debug_mode(before)
-
-
-def _set_sync_debug_mode(mode: int | str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it does not find every wait: the capture does
-        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _why_no_capture() -> str | None:

@@ -15,12 +15,12 @@ from powerkernels import (
     select_top_cov,
     token_covariance,
 )
+from powerkernels._cuda_graph import waits_are_errors
 from python_tests.covariance import expected
 from python_tests.covariance.expected import Batch, random_batch
 from python_tests.covariance.test_accumulator import check_packed, check_padded
 from python_tests.covariance.test_selection import check, check_band
 from python_tests.covariance.test_token_covariance import check_covariance
-from python_tests.cuda_modes import waits_are_errors
 
 pytest.importorskip("triton")
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from powerkernels import sample_tokens, score_tokens
+from powerkernels._cuda_graph import waits_are_errors
 from powerkernels.logprob import gpu, reference, vocab_parallel
 from powerkernels.logprob.functional import implementation
 from powerkernels.logprob.options import ScoreOptions
 from python_tests import triton_device
-from python_tests.cuda_modes import waits_are_errors
 from python_tests.logprob import expected
 from python_tests.logprob.expected import (
     assert_close_to_truth,

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from powerkernels import sample_tokens, score_tokens
+from powerkernels._cuda_graph import waits_are_errors
 from powerkernels.logprob import reference
 from powerkernels.logprob.functional import implementation
 from powerkernels.logprob.options import ScoreOptions, Support
 from python_tests import triton_device
-from python_tests.cuda_modes import waits_are_errors
 from python_tests.logprob.expected import far_apart, random_logits
 from python_tests.logprob.test_sample_tokens import (
     DRAWS,

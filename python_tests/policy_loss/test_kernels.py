@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from powerkernels import clip_cov_loss, kl_cov_loss, ppo_clip_loss, reference_kl_loss
+from powerkernels._cuda_graph import waits_are_errors
 from python_tests.covariance.expected import IGNORE_LARGE_RATIO
-from python_tests.cuda_modes import waits_are_errors
 from python_tests.policy_loss.expected import Batch, random_batch
 from python_tests.policy_loss.test_policy_loss import LOSSES, check_loss, check_metrics, kl, leaf_of
 

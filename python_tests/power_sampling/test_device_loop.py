@@ -10,12 +10,12 @@ import torch
 import transformers
 
 from powerkernels import PowerSample, PowerSampler, _advice, _extension
+from powerkernels._cuda_graph import waits_are_errors
 from powerkernels.power_sampling import engine as engine_module
 from powerkernels.power_sampling import reference
 from powerkernels.power_sampling.graph_loop import CaptureError, DeviceLoop, HostLoop
 from powerkernels.power_sampling.lane_model import TransformersLaneModel
 from python_tests import fake_cuda
-from python_tests.cuda_modes import waits_are_errors
 from python_tests.power_sampling.test_paths import (
     PROMPTS,
     assert_same_chain,

@@ -443,7 +443,7 @@ def test_random_numbers_are_found_by_the_generator() -> None:
 @pytest.fixture
 def waits_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dry run without torch.cuda's switch, for ticks on the CPU."""
-    monkeypatch.setattr(graph_loop, "_waits_are_errors", contextlib.nullcontext)
+    monkeypatch.setattr(graph_loop, "waits_are_errors", contextlib.nullcontext)
 
 
 @pytest.mark.usefixtures("waits_allowed")

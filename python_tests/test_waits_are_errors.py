@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from python_tests.cuda_modes import waits_are_errors
+from powerkernels._cuda_graph import waits_are_errors
 
 PROTOTYPE = "Synchronization debug mode is a prototype feature and does not yet detect all"
 MODES = ("default", "warn", "error")
