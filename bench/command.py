@@ -12,6 +12,7 @@ import torch
 
 from bench import suite
 from bench.harness import machine, peers, results, runner, table
+from bench.harness.broken_context import BROKEN_EXIT, BrokenContextError
 from bench.harness.cases import Size
 from powerkernels.models import find_device
 
@@ -52,6 +53,9 @@ def _measure(arguments: argparse.Namespace) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what peers and torch.compile import
             runner.run(kernels, settings, document, _say, show)
+    except BrokenContextError as error:
+        print(f"the device's context is broken ({error}); --resume goes on", file=sys.stderr)
+        return BROKEN_EXIT
     except KeyboardInterrupt:
         kept = f"{len(document.suite['done'])} cases are measured"
         where = f" and kept in {arguments.out}; --resume goes on" if arguments.out else ""

@@ -72,7 +72,8 @@ def cases(size: Size) -> list[Case]:
             (SMOLLM2, 64, 256, bfloat16),
             (SMOLLM2, 16, 256, float32),
         ],
-        "quick": [(SMOLLM2, 4, 64, float32)],
+        # The second is split over positions, and its parts merged.
+        "quick": [(SMOLLM2, 4, 64, float32), (SMOLLM2, 4, 300, bfloat16)],
     }
     found = []
     for number, (model, lanes, positions, dtype) in enumerate(sizes[size]):

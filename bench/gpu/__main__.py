@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 
 from bench.gpu import readiness, targets
-from bench.gpu.record import Record, problems
+from bench.gpu.record import Record, free_name, problems
 from bench.gpu.session import Session, Stopped
 from bench.gpu.targets import TARGETS, Setting
 from bench.harness import machine, results
@@ -23,11 +23,17 @@ REHEARSAL = "rehearsal"
 # Well inside ten minutes, with what a machine's start and the copying of files take.
 BUDGET_SECONDS = 540.0
 REHEARSAL_SECONDS = 900.0
+PARTS_OF = {"correctness": targets.PARTS, "figures": targets.BENCH_PARTS}
 EXIT_FAILED, EXIT_CANNOT, EXIT_STOPPED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    for part in options.part:
+        if part not in PARTS_OF.get(options.target, ()):
+            known = ", ".join(PARTS_OF.get(options.target, ())) or "none"
+            parser.error(f"--part: {options.target} has no part {part!r}; it has: {known}")
     reason = readiness.why_incomplete()
     if reason is None and options.target != REHEARSAL:
         reason = readiness.why_no_device()
@@ -42,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason is not None:
         print(f"bench.gpu: {reason}", file=sys.stderr)
         return EXIT_CANNOT
-    signal.signal(signal.SIGTERM, _on_signal)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _on_signal)
+    if options.fresh:
+        for name in (targets.TESTS, targets.FIGURES, targets.JOB_FIGURES):
+            if (folder / name).exists():
+                (folder / name).rename(free_name(folder / name))
     build = readiness.Build(folder / "gpu-build.log")
     try:
         if options.target == REHEARSAL:
@@ -50,8 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment = machine.environment(torch.device("cuda"))
         setting = Setting(folder, build, False, environment, tuple(options.part))
         return _run(options.target, setting, options)
-    except Stopped as error:
-        print(f"bench.gpu: stopped by {error}; what was done is in {folder}", file=sys.stderr)
+    except (Stopped, KeyboardInterrupt) as error:
+        print(
+            f"bench.gpu: stopped by {str(error) or 'Ctrl-C'}; what was done is in {folder}",
+            file=sys.stderr,
+        )
         return EXIT_STOPPED
     finally:
         build.end()
@@ -109,6 +123,9 @@ def _run(target: str, setting: Setting, options: argparse.Namespace) -> int:
     finally:
         print()
         print("\n".join(targets.summary(target, setting, record.steps)))
+        reason = None if setting.rehearsal else setting.build.wait(0.0)
+        if reason is not None:
+            print(f"without the compiled part: {reason}")
         print(f"in {record.path}", flush=True)
     return 0 if good else EXIT_FAILED
 

@@ -23,7 +23,8 @@ from typing import Any
 
 import pytest
 
-BROKEN_EXIT = 70
+from bench.harness.broken_context import BROKEN_EXIT, context_is_broken
+
 # For the reports that are on their way to the main process of pytest-xdist.
 SEND_SECONDS = 1.0
 MAX_REASON = 300
@@ -58,12 +59,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def outcomes(path: Path, key: str) -> dict[str, dict[str, Any]]:
     """The last outcome of each test with the key; a line that was cut off counts for nothing."""
     found = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
             continue
-        if entry["key"] == key:
+        if isinstance(entry, dict) and entry.get("key") == key and "outcome" in entry:
             found[entry["test"]] = entry
     return found
 
@@ -186,16 +188,3 @@ def _reason(report: Any) -> str:
     found = report.longrepr
     text = found[2] if isinstance(found, tuple) else str(found)
     return text.removeprefix("Skipped: ")
-
-
-def context_is_broken() -> bool:
-    """Whether CUDA is in use here and answers every call with an error of an earlier one."""
-    import torch
-
-    if not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False

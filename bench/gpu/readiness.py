@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -148,7 +151,12 @@ class Build:
         command = [sys.executable, str(BUILD), "--cuda", "on", "--architectures", architectures()]
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+                command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # the compilers that it starts end with it
             )
 
     def wait(self, seconds: float) -> str | None:
@@ -172,7 +180,9 @@ class Build:
 
     def end(self) -> None:
         if self._process is not None:
-            self._process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 def compiled_sources() -> str:

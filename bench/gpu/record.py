@@ -102,6 +102,9 @@ def problems(data: Any) -> Iterator[str]:
         yield "it has no steps"
         return
     for name, step in data["steps"].items():
+        if not isinstance(step, dict):
+            yield f"step {name!r} is {step!r}"
+            continue
         if step.get("status") not in STATUSES:
             yield f"step {name!r} has status {step.get('status')!r}"
         if not isinstance(step.get("sources"), str):

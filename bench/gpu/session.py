@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.record import Record, Status
+from bench.harness.broken_context import BROKEN_EXIT
 from bench.harness.machine import ROOT, digest
 
 # Below this a step is not begun: a process that imports torch and compiles a kernel takes as long.
@@ -40,7 +41,8 @@ class Step:
         why_not: a reason not to run it, in a line; None if it can run. Asked when its turn comes.
         read: what its files say, for the record; called whatever became of it.
         ready: waits for what it needs, at most so many seconds; returns why that failed.
-        sources: folders that its outcome depends on.
+        sources: folders and files that its outcome depends on.
+        goes_on: begun again after its CUDA context has broken, it goes on behind that.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Step:
     read: Callable[[], dict[str, Any]] = field(default=dict)
     ready: Callable[[float], str | None] = field(default=lambda seconds: None)
     sources: Sequence[str] = ("powerkernels", "csrc", "bench")
+    goes_on: bool = False
 
 
 @dataclass
@@ -116,13 +119,18 @@ class Session:
         return all(done)
 
     def _in_order(self, steps: Sequence[Step], digests: Mapping[str, str]) -> list[Step]:
-        """As listed, but what passed at other sources comes after what never did."""
+        """As listed: first what never ran, then what failed at these sources or was cut off, then
+        what passed at others."""
 
-        def is_stale(step: Step) -> bool:
-            before = self.record.steps.get(step.name, {})
-            return before.get("status") == "passed" and before["sources"] != digests[step.name]
+        def rank(step: Step) -> int:
+            before = self.record.steps.get(step.name)
+            if before is None or before["status"] in ("not reached", "skipped"):
+                return 0
+            if before["sources"] == digests[step.name]:
+                return 1
+            return 2 if before["status"] == "passed" else 0
 
-        return sorted(steps, key=is_stale)
+        return sorted(steps, key=rank)
 
     def _is_done(self, step: Step, sources: str) -> bool:
         before = self.record.steps.get(step.name, {})
@@ -170,6 +178,7 @@ class Session:
         }
 
     def _wait(self, step: Step, log: Any, limit: float) -> tuple[Status, str | None]:
+        deadline = time.monotonic() + limit
         try:
             self._process = subprocess.Popen(
                 step.command,
@@ -192,6 +201,8 @@ class Session:
             raise
         finally:
             self._process = None
+        if code == BROKEN_EXIT and step.goes_on and time.monotonic() + MIN_SECONDS < deadline:
+            return self._wait(step, log, deadline - time.monotonic())
         if code == 0:
             return "passed", None
         if code < 0:

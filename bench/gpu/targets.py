@@ -33,7 +33,9 @@ TRITON_PARTS = (
     "bench",
 )
 LOOP_PARTS = ("power_sampling",)
-PARTS = (*TRITON_PARTS, *LOOP_PARTS)
+# Of no folder.
+CAPTURE_TESTS = ("test_cuda_graph.py",)
+PARTS = ("captures", *TRITON_PARTS, *LOOP_PARTS)
 BENCH_PARTS = ("logprob", "linear_logprob", "policy_loss", "power_sampling", "decode_attention")
 JOBS = "jobs"
 # Files that outlive their step; there are few, since some machines give few back.
@@ -68,9 +70,9 @@ class Setting:
         return self.out / name
 
     def ready(self, seconds: float) -> str | None:
-        """Waits for the compiled part; without it a rehearsal goes on."""
-        reason = self.build.wait(seconds)
-        return None if self.rehearsal else reason
+        """Waits for the compiled part. Without it what can be done is: tests of the rest skip."""
+        self.build.wait(seconds)
+        return None
 
     def chosen(self, parts: Sequence[str]) -> list[str]:
         return [part for part in parts if not self.parts or part in self.parts]
@@ -92,6 +94,8 @@ def correctness(setting: Setting) -> list[Step]:
         _tests(setting, part, [f"python_tests/{part}"], log, ready=setting.ready)
         for part in LOOP_PARTS
     ]
+    captures = [f"python_tests/{name}" for name in CAPTURE_TESTS]
+    steps.insert(0, _tests(setting, "captures", captures, log))
     named = {f"tests of {part}" for part in setting.chosen(PARTS)}
     return [*([] if setting.parts else [first]), *(step for step in steps if step.name in named)]
 
@@ -186,8 +190,11 @@ def _tests(
     ready: Callable[[float], str | None] = lambda seconds: None,
 ) -> Step:
     folder = paths[0].split("/")[1]
-    sources = ("powerkernels", "csrc", f"python_tests/{folder}")
-    key = digest(sources)
+    sources = ("powerkernels", "csrc", f"python_tests/{folder}", "python_tests/conftest.py")
+    if folder == "bench":
+        sources += ("bench",)
+    names = ("device", "torch", "triton")
+    key = " ".join([digest(sources), *(str(setting.environment.get(name)) for name in names)])
     command = [
         *(PYTHON, "-m", "pytest", *paths, "-m", "gpu", "-q", "-rs", "--no-header"),
         *("-p", "bench.gpu.pytest_log", "--test-log", str(log), "--test-log-key", key),
@@ -217,7 +224,7 @@ def _bench(setting: Setting, part: str, out: Path, seconds: float) -> Step:
 
     def ready(seconds: float) -> str | None:
         put_aside_of_another(out, setting.environment)
-        return setting.ready(seconds) if part in ("power_sampling", JOBS) else None
+        return setting.ready(seconds)  # nothing is timed beside a compiler
 
     return Step(
         f"bench of {part}",
@@ -225,6 +232,7 @@ def _bench(setting: Setting, part: str, out: Path, seconds: float) -> Step:
         seconds=seconds,
         ready=ready,
         read=functools.partial(_bench_counts, out, part),
+        goes_on=True,
     )
 
 
@@ -264,7 +272,7 @@ def _ncu(path: Path) -> dict[str, Any]:
     """The file stays where a kernel is missing, for a later run to go on with."""
     if not path.exists():
         return {}
-    found = json.loads(path.read_text())
+    found = depth.kept(path)
     if all("launches" in one for one in found):
         path.unlink()
     return {"ncu": found}
@@ -343,9 +351,10 @@ def summary(target: str, setting: Setting, steps: dict[str, dict[str, Any]]) -> 
 
 def _figure_lines(path: Path) -> list[str]:
     """The main row of each case: median, share of its ceiling, its goal and others' figures."""
-    if not path.exists():
-        return []
-    data = results.load(path, stub_clock=True)
+    try:
+        data = results.load(path, stub_clock=True)
+    except ValueError as error:  # none, or cut off
+        return [] if not path.exists() else [str(error)]
     device = data[results.KEY]["environment"]["device"]
     printed = [f"{device}; sustained, or cold where a call is long:"]
     if device == results.STUB_DEVICE:

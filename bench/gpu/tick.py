@@ -67,29 +67,30 @@ class Tick:
         with self._lanes.running():
             self._engine = LaneEngine(self._lanes, config, eos=())
 
-    def measure(self) -> dict[str, Any]:
-        """Everything, each by itself: what cannot be is a reason in its place."""
-        parts: dict[str, Callable[[], Any]] = {
-            "node_kinds": self.node_kinds,
-            "milliseconds": self.milliseconds,
-            "kernels": self.kernels,
-        }
-        return {name: self._or_reason(part) for name, part in parts.items()}
+    def measure(self, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Everything, each by itself: what cannot be is a reason in its place.
 
-    def milliseconds(self) -> dict[str, Any]:
+        keep: called with all that there is after each; what may hang comes last.
+        """
+        found: dict[str, Any] = {"node_kinds": self._or_reason(self.node_kinds)}
+        found["milliseconds"], found["kernels"] = {}, self._or_reason(self.kernels)
         ways: dict[str, Callable[[], float]] = {
-            "device loop": self.by_device,
             "replayed": self.replayed,
             "eager": self.eager,
             "model step, replayed": self.model_step,
             "one read of the weights": self.weights_read,
+            "device loop": self.by_device,
         }
-        return {name: self._or_reason(lambda way=way: 1e3 * way()) for name, way in ways.items()}
+        for name, way in ways.items():
+            keep(found)
+            found["milliseconds"][name] = self._or_reason(lambda way=way: 1e3 * way())
+        keep(found)
+        return found
 
     def _or_reason(self, part: Callable[[], Any]) -> Any:
         try:
             return part()
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             return {"why_not": f"{type(error).__name__}: {lines[0]}"}
 
@@ -217,13 +218,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (CaptureError, RuntimeError, ValueError) as error:
             print(f"no tick: {error}", file=sys.stderr)
             return 1
-        found = {
+        facts = {
             "compile": options.compile,
             "lanes": tick.num_lanes,
             "stub_clock": options.rehearsal,
-            **tick.measure(),
         }
-    options.out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+
+        def keep(found: dict[str, Any]) -> None:
+            text = json.dumps({**facts, **found}, indent=1, allow_nan=False)
+            options.out.write_text(text + "\n")
+
+        found = {**facts, **tick.measure(keep)}
     print("\n".join(lines(found)))
     failed = [part for part in found["milliseconds"].values() if isinstance(part, dict)]
     return 0 if options.rehearsal or not failed else 1

@@ -74,7 +74,8 @@ def digest(folders: Iterable[str] = SOURCES, root: Path = ROOT) -> str:
     """Of the sources in a checkout: a copy of it without its history has the same."""
     total = hashlib.sha256()
     for folder in folders:
-        for path in sorted((root / folder).rglob("*")):
+        named = root / folder
+        for path in [named] if named.is_file() else sorted(named.rglob("*")):
             if path.suffix in SUFFIXES and path.is_file():
                 total.update(path.relative_to(root).as_posix().encode() + b"\0")
                 total.update(path.read_bytes() + b"\0")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bench.harness import accuracy, ceilings, peers, timing
+from bench.harness.broken_context import BrokenContextError, context_is_broken
 from bench.harness.cases import Call, Case, Kernel, Outputs, Size, Variant
 from bench.harness.results import Document, row
 from bench.memory import peak_bytes
@@ -186,6 +187,11 @@ class _Measurement:
         self._document.fail(
             kernel=self._kernel.name, case=self._case.title, variant=name, reason=reason
         )
+        if context_is_broken():
+            # A later run does not begin with what has broken this one.
+            self._document.suite["done"].append(f"{self._kernel.name}: {self._case.title}")
+            self._document.write()
+            raise BrokenContextError(reason)
 
     def _guarded(self, name: str) -> _Guard:
         return _Guard(lambda error: self._failed(name, error))

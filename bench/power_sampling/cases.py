@@ -79,7 +79,7 @@ def exact(x: Lanes, found: Outputs) -> Outputs:
 
 
 def lane_cases(size: Size) -> list[Case]:
-    counts = {"device": (64, 16, 256), "host": (16, 64), "quick": (4,)}[size]
+    counts = {"device": (64, 16, 256), "host": (16, 64), "quick": (4, 64)}[size]
     return [
         Case(
             f"{count} lanes, {TICKS} ticks",

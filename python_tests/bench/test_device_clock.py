@@ -216,7 +216,7 @@ def test_ticks_are_timed_without_a_loop(monkeypatch: pytest.MonkeyPatch) -> None
     from powerkernels.power_sampling.graph_loop import HostLoop
 
     monkeypatch.delattr(HostLoop, "run")
-    (case,) = MH_TRANSITION.cases("quick")
+    case, *_ = MH_TRANSITION.cases("quick")
     lanes = MH_TRANSITION.inputs(case, toy.CPU)
     found = [variant.bind(lanes)() for variant in MH_TRANSITION.variants]
     for name, value in MH_TRANSITION.expected(lanes, found[0]).items():

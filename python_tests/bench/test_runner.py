@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench.harness import accuracy, peers, results, runner, timing
-from bench.harness.cases import Variant
+from bench.harness.broken_context import BrokenContextError
+from bench.harness.cases import Call, Variant
 from python_tests.bench import toy
 
 
@@ -221,3 +223,24 @@ def test_peers() -> None:
     assert "--peer-path" in (peers.why_missing("public-sampler", toy.CPU) or "")
     missing = peers.why_missing("public-sampler", toy.CPU, Path("/nowhere"))
     assert missing == "/nowhere holds no power_samp_utils.py"
+
+
+def test_a_broken_context_ends_the_run_behind_its_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason is kept, and the next run begins with the next case."""
+
+    def breaks(x: Tensor) -> Call:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(runner, "context_is_broken", lambda: True)
+    kernel = toy.kernel([Variant("bad", breaks, ours=True)])
+    document = results.Document({}, "powerkernels bench toy", tmp_path / "toy.json")
+    document.suite["ceilings"] = {"copy, GB/s": 1.0}
+    settings = runner.Settings("quick", torch.device("cpu"), frozenset())
+    with pytest.raises(BrokenContextError, match="illegal memory access"):
+        runner.run([kernel], settings, document, say=lambda text: None, show=lambda rows: None)
+    suite = results.load(tmp_path / "toy.json")["suite"]
+    assert "illegal memory access" in suite["failed"][0]["reason"]
+    assert suite["done"] == [f"{kernel.name}: {kernel.cases('quick')[0].title}"]
+    runner.run([kernel], settings, document, say=lambda text: None, show=lambda rows: None)

@@ -111,6 +111,26 @@ def test_a_budget_that_is_none(budget: str, capsys: pytest.CaptureFixture[str]) 
     assert "--budget" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("target", ["loop", "rehearsal", "figures"])
+def test_a_part_that_a_target_does_not_have(
+    target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main([target, "--part", "covariance"])
+    assert f"{target} has no part 'covariance'" in capsys.readouterr().err
+
+
+def test_fresh_figures_are_beside_the_old(run: Callable[..., int], tmp_path: Path) -> None:
+    assert run("rehearsal") == 0
+    kept = tmp_path / "out" / "gpu-bench.json"
+    kept.write_text("figures")
+    assert run("rehearsal") == 0
+    assert kept.exists()
+    assert run("rehearsal", "--fresh") == 0
+    assert not kept.exists()
+    assert (tmp_path / "out" / "gpu-bench-before-1.json").read_text() == "figures"
+
+
 def test_make_asks_for_no_pip_with_an_interpreter_of_ones_own() -> None:
     for target in ("gpu-correctness", "gpu-loop", "gpu-figures", "gpu-depth", "gpu-rehearsal"):
         made = subprocess.run(

@@ -171,6 +171,8 @@ def test_a_broken_context_ends_its_process(folder: Path, options: tuple[str, ...
 def test_a_line_that_was_cut_off_counts_for_nothing(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     whole = {"test": "a", "key": "k", "outcome": "passed", "seconds": 0.1}
-    path.write_text(json.dumps(whole) + "\n" + json.dumps(whole | {"test": "b"})[:30])
+    path.write_text(
+        json.dumps(whole) + "\n" + json.dumps(whole | {"test": "b"})[:30] + "\n5\n[1]\n{}\n"
+    )
     assert passed(path, "k") == {"a"}
     assert passed(tmp_path / "none", "k") == frozenset()

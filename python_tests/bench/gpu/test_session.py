@@ -176,6 +176,33 @@ def test_a_pass_at_other_sources_is_kept_where_the_time_is_up(
     assert load(tmp_path / "gpu-loop.json")["steps"]["a"] == before
 
 
+def test_a_bench_goes_on_behind_a_broken_context(
+    make: Callable[..., Session], tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    code = (
+        f"{counting(runs)}; import sys; sys.exit(70 * (len(open({str(runs)!r}).readlines()) < 3))"
+    )
+    assert make().run([step("a", code, goes_on=True)])
+    assert len(runs.read_text().splitlines()) == 3
+    runs.unlink()
+    assert not make(fresh=True).run([step("a", code)])
+
+
+def test_what_never_ran_comes_before_what_failed(
+    make: Callable[..., Session], tmp_path: Path
+) -> None:
+    order = tmp_path / "order"
+
+    def noting(name: str, status: int = 0) -> Step:
+        code = f"open({str(order)!r}, 'a').write({name + chr(10)!r}); raise SystemExit({status})"
+        return step(name, code)
+
+    make().run([noting("a", 1)])
+    make().run([noting("a", 1), noting("b")])
+    assert order.read_text().split() == ["a", "b", "a"]
+
+
 def test_what_an_earlier_run_found_is_kept(make: Callable[..., Session], tmp_path: Path) -> None:
     """Where the time is up, and where only a part is asked for."""
     bad = step("a", "raise SystemExit(1)", read=lambda: {"found": 7})
@@ -281,7 +308,10 @@ def test_two_devices_share_no_file(tmp_path: Path, change: dict[str, Any]) -> No
     assert again.put_aside == tmp_path / "gpu-figures-before-2.json"
 
 
-@pytest.mark.parametrize("text", ["", '{"gpu_record": {"sch', '{"suite": {}}', "[]"])
+STEPS = json.dumps({KEY: {"schema": 1}, "environment": ENVIRONMENT, "steps": {"a": 3}})
+
+
+@pytest.mark.parametrize("text", ["", '{"gpu_record": {"sch', '{"suite": {}}', "[]", STEPS])
 def test_a_file_that_is_no_record_is_put_aside(tmp_path: Path, text: str) -> None:
     path = tmp_path / "gpu-loop.json"
     path.write_text(text)
