@@ -1,11 +1,9 @@
-"""Why this machine or this tree cannot do it, in a line; and the build of the compiled part."""
+"""Why this machine cannot do it, in a line; and the build of the compiled part."""
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +12,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from bench.harness.machine import ROOT, digest, git
+from bench.harness.machine import ROOT, digest
 
 # Of the machine that is meant: Hopper. Asked of the device where there is one.
 ARCHITECTURES = "90"
@@ -24,58 +22,6 @@ BUILD = ROOT / "csrc" / "build.py"
 # The digest of the sources that the extension in the tree was built from. A tree that is copied
 # to a machine once more may have new times and the old extension.
 STAMP = ROOT / "build" / "compiled-sources"
-FOLDERS = ("powerkernels", "python_tests", "bench")
-
-
-def why_incomplete(root: Path = ROOT) -> str | None:
-    """What a tree that was copied lacks, in a line; None if nothing is missing.
-
-    With git's own list where there is one; otherwise by what the files name: every source of
-    CMakeLists.txt is there, every Python file is whole, and every package has its `__init__.py`.
-    """
-    lacking = [name for name in (git("ls-files", "--deleted") or "").splitlines() if name]
-    if not lacking:
-        lacking = list(_missing(root))
-    if not lacking:
-        return None
-    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-    return f"the tree is incomplete: {lacking[0]}{more}; copy the whole checkout"
-
-
-def _missing(root: Path) -> list[str]:
-    cmake = root / "CMakeLists.txt"
-    if not cmake.is_file():
-        return ["CMakeLists.txt is missing"]
-    sources = re.findall(r"csrc/[\w/]+\.(?:cpp|cu)", cmake.read_text())
-    headers = [
-        f"csrc/include/{name}"
-        for source in sources
-        if (root / source).is_file()
-        for name in re.findall(r'#include "(powerkernels/[\w/]+\.h)"', (root / source).read_text())
-    ]
-    found = [
-        f"{name} is missing"
-        for name in dict.fromkeys(["setup.py", "csrc/build.py", *sources, *headers])
-        if not (root / name).is_file()
-    ]
-    for folder in FOLDERS:
-        if not (root / folder).is_dir():
-            found.append(f"{folder}/ is missing")
-            continue
-        for path in sorted((root / folder).rglob("*.py")):
-            found += _damage(path, root)
-    return found
-
-
-def _damage(path: Path, root: Path) -> list[str]:
-    name = path.relative_to(root)
-    try:
-        ast.parse(path.read_text())
-    except (SyntaxError, ValueError) as error:
-        return [f"{name} is cut off or damaged ({error.msg if hasattr(error, 'msg') else error})"]
-    if path.name != "__init__.py" and not (path.parent / "__init__.py").is_file():
-        return [f"{name.parent / '__init__.py'} is missing"]
-    return []
 
 
 def why_no_device() -> str | None:

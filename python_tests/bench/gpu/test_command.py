@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from bench.gpu import readiness
+from bench.gpu import command, readiness
 from bench.gpu.record import load
 from bench.gpu.session import Step
 from bench.harness.machine import ROOT
 
-command = importlib.import_module("bench.gpu.__main__")
 NAMES = ("correctness", "loop", "figures", "depth")
 
 
@@ -93,15 +91,6 @@ def test_a_signal_ends_it_with_a_line(
         f"bench.gpu: stopped by SIGTERM; what was done is in {tmp_path / 'out'}"
     )
     assert load(tmp_path / "out" / "gpu-correctness.json")["steps"]
-
-
-def test_a_tree_that_is_not_whole_is_refused(
-    run: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reason = "the tree is incomplete: csrc/build.py is missing; copy the whole checkout"
-    monkeypatch.setattr(readiness, "why_incomplete", lambda: reason)
-    assert run("rehearsal") == 2
-    assert capsys.readouterr().err == f"bench.gpu: {reason}\n"
 
 
 @pytest.mark.parametrize("budget", ["0", "-1", "nan", "soon"])

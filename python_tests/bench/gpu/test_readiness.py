@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import warnings
@@ -14,82 +13,6 @@ import torch
 
 from bench.gpu import readiness
 from bench.harness.machine import ROOT
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout without its history."""
-    target = tmp_path_factory.mktemp("copy")
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "results", "plots", ".*")
-    for name in ("csrc", "powerkernels", "python_tests", "bench"):
-        shutil.copytree(ROOT / name, target / name, ignore=ignore)
-    for name in ("CMakeLists.txt", "setup.py"):
-        shutil.copy2(ROOT / name, target / name)
-    return target
-
-
-def reason(root: Path, monkeypatch: pytest.MonkeyPatch) -> str | None:
-    monkeypatch.setattr(readiness, "git", lambda *arguments: None)
-    return readiness.why_incomplete(root)
-
-
-def test_a_whole_tree(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert reason(whole, monkeypatch) is None
-    assert reason(ROOT, monkeypatch) is None
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "csrc/cuda/graph_loop.cu",
-        "csrc/include/powerkernels/graph_loop.h",
-        "csrc/build.py",
-        "powerkernels/logprob/__init__.py",
-        "CMakeLists.txt",
-    ],
-)
-def test_a_file_that_was_not_copied(
-    whole: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    kept = (whole / name).read_bytes()
-    (whole / name).unlink()
-    try:
-        found = reason(whole, monkeypatch)
-    finally:
-        (whole / name).write_bytes(kept)
-    assert found is not None
-    assert found.startswith(f"the tree is incomplete: {name} is missing")
-    assert "\n" not in found
-
-
-def test_a_folder_that_was_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert reason(tmp_path, monkeypatch) == (
-        "the tree is incomplete: CMakeLists.txt is missing; copy the whole checkout"
-    )
-    (tmp_path / "CMakeLists.txt").write_text("")
-    found = reason(tmp_path, monkeypatch)
-    assert found is not None
-    assert "setup.py is missing and 4 more" in found
-
-
-def test_a_file_that_is_cut_off(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = whole / "powerkernels" / "logprob" / "gpu.py"
-    kept = path.read_text()
-    path.write_text(kept[: kept.index("def score_tokens") + 20])
-    try:
-        found = reason(whole, monkeypatch)
-    finally:
-        path.write_text(kept)
-    assert found is not None
-    assert "powerkernels/logprob/gpu.py is cut off or damaged" in found
-
-
-def test_git_knows_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readiness, "git", lambda *arguments: "docs/engines.md\nREADME.md")
-    assert readiness.why_incomplete() == (
-        "the tree is incomplete: docs/engines.md and 1 more; copy the whole checkout"
-    )
-
 
 # ---- the device
 

@@ -237,7 +237,7 @@ def test_a_signal_keeps_what_is_done(tmp_path: Path, number: signal.Signals) -> 
     program = f"""
 import signal, sys
 from pathlib import Path
-from bench.gpu.__main__ import _on_signal
+from bench.gpu.command import _on_signal
 from bench.gpu.record import Record
 from bench.gpu.session import Session, Step, Stopped
 folder = Path({str(tmp_path)!r})
