@@ -105,7 +105,7 @@ def _run(target: str, setting: Setting, options: argparse.Namespace) -> int:
     environment = {**setting.environment, "rehearsal": setting.rehearsal}
     record = Record(target, environment, setting.file(f"gpu-{target}.json"))
     if record.put_aside is not None:
-        print(f"what gpu-{target}.json held is of another device or version: {record.put_aside}")
+        print(f"gpu-{target}.json was damaged or of another device: it is now {record.put_aside}")
     print(f"gpu-{target} on {environment['device']}, sources {environment['sources']}", flush=True)
     default = REHEARSAL_SECONDS if setting.rehearsal else BUDGET_SECONDS
     session = Session(
