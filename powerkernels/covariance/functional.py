@@ -181,7 +181,8 @@ def token_covariance(
     Args:
         log_prob: float16, bfloat16, float32 or float64 [..., T], or flat [N].
         advantages: of any of these, shaped as log_prob, or one a sequence: [...] or [..., 1] for
-            [..., T], [B] with cu_seqlens.
+            [..., T]. With cu_seqlens [N] or [1, N], or [B] or [B, 1]: where N = B and a sequence
+            is empty, only those of two dimensions are clear (see Raises).
         mask: shaped as log_prob, bool, integer or floating: a token counts where it is not 0.
         cu_seqlens: int32 or int64 [B + 1], bounds of the sequences in flat log_prob.
         process_group: the ranks that hold the other tokens. All call together.
@@ -191,7 +192,8 @@ def token_covariance(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or device, or
-            cu_seqlens do not add up.
+            cu_seqlens do not add up, or leave open whose the advantages are. What cu_seqlens hold
+            is looked at on a CPU only; on a GPU such advantages are taken for NaN.
 
     Source: Cui et al. 2025, "The Entropy Mechanism of Reinforcement Learning for Reasoning Language
     Models", equation 10.

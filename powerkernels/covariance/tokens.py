@@ -74,7 +74,10 @@ def check_tokens(
     if has_advantages:
         check_tensor(names[1], advantages, LOGIT_DTYPES, log_prob.device)
         assert advantages is not None
-        if not _is_per_sequence(advantages, log_prob, cu_seqlens):
+        row = (1, log_prob.shape[-1])  # packed tokens that no one can take for sequences
+        if not _is_per_sequence(advantages, log_prob, cu_seqlens) and (
+            cu_seqlens is None or advantages.shape != row
+        ):
             check_shape(names[1], advantages, log_prob.shape)
     if mask is not None:
         check_tensor(names[2], mask, MASK_DTYPES, log_prob.device)
@@ -131,17 +134,39 @@ def as_bool(mask: Tensor | None, log_prob: Tensor) -> Tensor:
 def per_token(advantages: Tensor, log_prob: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """advantages of tokens or sequences -> one a token in the layout; padded ones by a stride 0."""
     if not _is_per_sequence(advantages, log_prob, cu_seqlens):
-        return layout(advantages, cu_seqlens)
+        if cu_seqlens is None:
+            return layout(advantages, None)
+        return _unambiguous(advantages, cu_seqlens).reshape(log_prob.shape).contiguous()
     if cu_seqlens is None:
         return advantages.reshape(math.prod(log_prob.shape[:-1]), 1).expand(-1, log_prob.shape[-1])
     lengths = cu_seqlens.diff()
-    return advantages.repeat_interleave(lengths, output_size=log_prob.shape[0])
+    return advantages.flatten().repeat_interleave(lengths, output_size=log_prob.shape[0])
 
 
 def _is_per_sequence(advantages: Tensor, log_prob: Tensor, cu_seqlens: Tensor | None) -> bool:
     if advantages.shape == log_prob.shape:
         return False
     if cu_seqlens is not None:
-        return advantages.shape == (cu_seqlens.shape[0] - 1,)
+        sequences = cu_seqlens.shape[0] - 1
+        return advantages.shape in ((sequences,), (sequences, 1))
     leading = log_prob.shape[:-1]
     return log_prob.ndim > 1 and advantages.shape in (leading, (*leading, 1))
+
+
+def _unambiguous(advantages: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Packed [N] that may be as many sequences means the same if each of them has one token.
+
+    If not it is an error: an exception on a CPU; elsewhere NaN, since nothing waits for the device.
+    """
+    if advantages.ndim != 1 or advantages.shape[0] != cu_seqlens.shape[0] - 1:
+        return advantages
+    alike = (cu_seqlens.diff() == 1).all()
+    if advantages.device.type != "cpu" or torch.compiler.is_compiling():
+        return advantages.where(alike, torch.nan)
+    if not alike:
+        n = advantages.shape[0]
+        raise ValueError(
+            f"advantages [{n}] of {n} tokens in {n} sequences, some of which are empty, may be "
+            f"one a token or one a sequence: give them as [1, {n}] or as [{n}, 1]"
+        )
+    return advantages

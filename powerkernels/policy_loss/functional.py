@@ -268,7 +268,9 @@ def ppo_clip_loss(
         log_prob: float16, bfloat16, float32 or float64, [B, T], or flat [N] with cu_seqlens. The
             one argument with a gradient (once, not twice).
         old_log_prob: of any of these, shaped as log_prob; of the policy that the samples are from.
-        advantages: of any of these, shaped as log_prob, or one a sequence: [B] or [B, 1].
+        advantages: of any of these, shaped as log_prob, or one a sequence: [B] or [B, 1]. With
+            cu_seqlens [1, N] is one a token too: where N = B and a sequence is empty, only those of
+            two dimensions are clear, and others an error, or on a GPU NaN.
         response_mask: shaped as log_prob, bool, integer or floating: a token counts where it is not
             0. None: all.
         clip_ratio_low, clip_ratio_high: >= 0; high is low where it is None.

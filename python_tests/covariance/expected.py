@@ -48,7 +48,7 @@ def rows_of(log_prob: Tensor, cu_seqlens: Tensor | None) -> list[range]:
 def spread(advantages: Tensor, log_prob: Tensor, cu_seqlens: Tensor | None) -> np.ndarray:
     """One advantage a token, float64 [N]."""
     values = flat(advantages)
-    if advantages.shape == log_prob.shape:
+    if advantages.shape in (log_prob.shape, (1, *log_prob.shape)):
         return values
     out = np.zeros(log_prob.numel())
     for value, row in zip(values, rows_of(log_prob, cu_seqlens), strict=True):

@@ -84,7 +84,7 @@ def check_packed(device: str, rule: str, parts: int, generator: torch.Generator)
         here = slice(start, start + sum(own))
         step.add(
             log_prob[here],
-            advantages[first : last + 1],
+            advantages[first : last + 1, None],  # there may be as many tokens as sequences
             mask[here],
             cu_seqlens=bounds_of(own).to(device),
         )
@@ -141,6 +141,7 @@ def test_what_ppo_clips_is_left_out(backend, rule, old_dtype, generator):
     batch = random_batch((8, 40), generator)
     old = (batch.log_prob + 0.3 * torch.randn(8, 40, generator=generator)).to(old_dtype)
     ratio = (batch.log_prob.double() - old.double()).exp()
+    others = []
     for low, high in ((0.2, None), (0.1, 0.4), (0.0, 0.0)):
         up = low if high is None else high
         clipped = torch.where(batch.advantages > 0, ratio > 1 + up, ratio < 1 - low)
@@ -155,7 +156,8 @@ def test_what_ppo_clips_is_left_out(backend, rule, old_dtype, generator):
             )
         wanted = one_call(rule, batch, exclude=clipped)
         assert torch.equal(torch.cat(step.masks()), wanted)
-        assert not torch.equal(wanted, one_call(rule, batch))
+        others.append(torch.equal(wanted, one_call(rule, batch)))
+    assert not all(others)
 
 
 def test_numbered_sequences_may_be_in_any_micro_batch(backend, generator):

@@ -11,23 +11,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from powerkernels import (
+    CovarianceTable,
     SelectionAccumulator,
+    TokenCovariance,
     _advice,
     covariance_table,
     select_cov_band,
     select_top_cov,
     token_covariance,
 )
+from powerkernels.covariance import tokens
 
 VALUES = torch.linspace(-1, 1, 6).view(2, 3)
 TOP: dict[str, Any] = {"k": 2}
 BAND: dict[str, Any] = {"k": 2, "lb": 0.0, "ub": 1.0, "seed": 1}
 
 
-def added(make: Callable[[], SelectionAccumulator], *tensors: Any, **options: Any) -> None:
-    make().add(*tensors, **options)
+def added(make: Callable[[], SelectionAccumulator], *tensors: Any, **options: Any) -> Tensor:
+    step = make()
+    step.add(*tensors, **options)
+    return step.masks()[0]
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -111,6 +117,47 @@ def test_wrong_bounds(function, bounds, error, message):
     cu_seqlens = torch.tensor(bounds, dtype=None if bounds else torch.int64)
     with pytest.raises(error, match=f"^cu_seqlens.*{message}"):
         function(VALUES[0], VALUES[0], cu_seqlens=cu_seqlens)
+
+
+def dependent(found: Any) -> Tensor:
+    """One of the results that depend on the advantages."""
+    if isinstance(found, CovarianceTable):
+        return found.mean_cov
+    return found.cov if isinstance(found, TokenCovariance) else found
+
+
+@every_function
+def test_whose_packed_advantages_are(function):
+    log_prob, advantages = torch.tensor([-1.0, -3.0, -2.0]), torch.tensor([1.0, 0.5, 0.2])
+    bounds = torch.tensor([0, 2, 2, 3])  # as many sequences as tokens, and not one each
+    with pytest.raises(ValueError, match=r"^advantages \[3\].*\[1, 3\] or as \[3, 1\]"):
+        function(log_prob, advantages, cu_seqlens=bounds)
+    of_tokens, of_sequences, one_each = (
+        dependent(function(log_prob, given, cu_seqlens=cu_seqlens))
+        for given, cu_seqlens in (
+            (advantages.view(1, 3), bounds),
+            (advantages.view(3, 1), bounds),
+            (advantages, torch.arange(4)),
+        )
+    )
+    assert torch.equal(of_tokens, dependent(function(log_prob, advantages)))
+    assert torch.equal(of_tokens, one_each)
+    assert torch.equal(of_sequences, dependent(function(log_prob, advantages[[0, 0, 2]])))
+    assert not torch.equal(of_tokens, of_sequences)
+
+
+def test_whose_packed_advantages_are_without_a_wait(monkeypatch):
+    """What a GPU does, which must not be asked: the doubt is NaN, and there is none otherwise."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    log_prob, advantages = torch.zeros(3), torch.tensor([5.0, -1.0, 2.0]).half()
+    in_doubt, one_each = torch.tensor([0, 2, 2, 3]), torch.arange(4)
+    found = tokens.per_token(advantages, log_prob, in_doubt)
+    assert found.isnan().all()
+    assert found.dtype == torch.float16
+    assert torch.equal(tokens.per_token(advantages, log_prob, one_each), advantages)
+    for shape, bounds in (((1, 3), in_doubt), ((3,), torch.tensor([0, 3]))):
+        given = advantages.reshape(shape)
+        assert torch.equal(tokens.per_token(given, log_prob, bounds), advantages)
 
 
 @every_function

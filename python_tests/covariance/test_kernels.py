@@ -151,6 +151,20 @@ class TestOnAGpu:
         for got, wanted in zip(on_gpu, on_cpu, strict=True):
             torch.testing.assert_close(got.cpu(), wanted, rtol=1e-12, atol=0)
 
+    def test_whose_packed_advantages_are_is_not_waited_for(self):
+        tokens = torch.tensor([-1.0, -2.0, -4.0], device="cuda")
+        in_doubt, one_each = (
+            torch.tensor(bounds, device="cuda") for bounds in ([0, 2, 2, 3], [0, 1, 2, 3])
+        )
+        token_covariance(tokens, tokens, cu_seqlens=one_each)  # compiles
+        with waits_are_errors():
+            found, alike, padded = (
+                token_covariance(tokens, tokens, **options).cov
+                for options in ({"cu_seqlens": in_doubt}, {"cu_seqlens": one_each}, {})
+            )
+        assert found.isnan().all()
+        assert torch.equal(alike, padded)
+
     def test_in_a_cuda_graph(self, generator):
         batch = random_batch((64, 1000), generator).to("cuda")
         seed = torch.tensor([3], device="cuda")

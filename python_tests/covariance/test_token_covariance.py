@@ -98,9 +98,11 @@ def test_packed(backend, lengths, index_dtype, generator):
     check_covariance("cpu", log_prob, batch.advantages[:, 0], mask, cu_seqlens=cu_seqlens)
 
 
-def test_advantages_of_tokens_where_there_are_as_many_sequences(backend):
+@pytest.mark.parametrize("shape", [(1, 3), (3, 1)], ids=["tokens", "sequences"])
+def test_packed_advantages_of_as_many_tokens_as_sequences(backend, shape):
     log_prob, advantages = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([1.0, 2.0, -1.0])
-    check_covariance("cpu", log_prob, advantages, cu_seqlens=torch.tensor([0, 2, 2, 3]))
+    bounds = torch.tensor([0, 2, 2, 3])
+    check_covariance("cpu", log_prob, advantages.view(shape), cu_seqlens=bounds)
 
 
 def test_packed_without_sequences(backend):
