@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import zlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +17,44 @@ from python_tests import triton_device
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
 # Seconds for a test that may hang: its kernels compile in it, beside those of other processes.
 HANG_SECONDS = 180
+TEST_ID = pytest.StashKey[str]()  # without the group that xdist appends
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seed",
+        type=int,
+        default=0,
+        help="of whatever the tests draw: each is to pass with any",
+    )
+
+
+def seed_draws(config: pytest.Config, what: str) -> None:
+    """What a test or a fixture draws is its own, whatever has run before it in its process."""
+    seed = zlib.crc32(f"{config.getoption('--seed')} {what}".encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> None:
+    where = request.node.stash.get(TEST_ID, request.node.nodeid)
+    seed_draws(request.config, f"{where} {fixturedef.argname} {request.param_index}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    seed_draws(item.config, item.stash[TEST_ID])
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.stash[TEST_ID] = item.nodeid
+    function = getattr(item, "obj", None)
+    if getattr(function, "is_hypothesis_test", False):
+        import hypothesis
+
+        hypothesis.seed(item.config.getoption("--seed"))(function)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around that of xdist, which reads the groups
@@ -110,7 +150,7 @@ def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(20260101)
+    return torch.Generator().manual_seed(torch.initial_seed())
 
 
 @pytest.fixture

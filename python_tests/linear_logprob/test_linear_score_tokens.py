@@ -220,15 +220,22 @@ def test_no_rows(backend, count):
 
 
 def test_strided_and_batched_inputs(backend):
+    """Against the truth: how a matmul rounds depends on where its operands lie."""
     x = inputs(300, 16, torch.float32)
-    base = torch.randn(2, 7, 32)
-    hidden = base[:, 1:, ::2]
-    got = linear_score_tokens(hidden, x.weight.T.contiguous().T, x.targets.int(), alpha=4)
-    expected = linear_score_tokens(hidden.contiguous(), x.weight, x.targets, alpha=4)
-    for value, other in zip(got[:2], expected[:2], strict=True):
-        torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-6)
-    one = linear_score_tokens(x.hidden[0, 0], x.weight, x.targets[0, 0], alpha=4)
-    assert one.log_prob.shape == ()
+    hidden = torch.randn(2, 7, 32)[:, 1:, ::2]
+    options = DEFAULTS | {"alpha": 4.0}
+    exact = reference.linear_score_tokens(
+        hidden.double(), x.weight.double(), x.targets, bias=None, **options
+    )
+    expression = eager(x.targets, [hidden, x.weight], options)
+    weight, targets = x.weight.T.contiguous().T, x.targets.int()
+    got = linear_score_tokens(hidden, weight, targets, alpha=4, entropy=True)
+    for field, *values in zip(got._fields, got, exact, expression, strict=True):
+        assert_close(*values, 4.0, torch.float32, field)
+    one = linear_score_tokens(hidden[1, 0], weight, targets[1, 0], alpha=4, entropy=True)
+    for field, value, *values in zip(got._fields, one, exact, expression, strict=True):
+        assert value.shape == ()
+        assert_close(value, *(other[1, 0] for other in values), 4.0, torch.float32, field)
 
 
 def test_gradcheck_of_the_op_and_the_reference(backend):

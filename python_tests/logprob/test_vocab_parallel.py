@@ -74,6 +74,9 @@ def in_parallel(rank: int, ranks: int, port: int, folder: str, work: Callable[..
     torch.save(work(rank, ranks), Path(folder, f"{rank}.pt"))
     dist.barrier()  # a rank that leaves early takes its connections from under the others
     dist.destroy_process_group()
+    # gloo's threads may hold tensors still; one that lets go of them while the interpreter is being
+    # taken down aborts the process.
+    os._exit(0)
 
 
 def run(work: Callable[..., Any], ranks: int, folder: Path) -> list[Any]:

@@ -196,7 +196,8 @@ def assert_loss(
 ) -> None:
     """Value, and gradient for the leaf; the inputs as of `expect`, on the CPU.
 
-    magnitude: of what a token's loss is the difference of, where that is much smaller.
+    magnitude: of what a token's loss, or its derivative, is the difference of, where that is much
+    smaller.
     """
     exact = expect(token_loss, *inputs, **how)
     peer = expect(token_loss, *inputs, **how, dtype=torch.float32)
@@ -215,7 +216,10 @@ def assert_loss(
     relative, least = ROUNDING[slope.dtype]
     error = (slope.detach().cpu().double().flatten() - exact.gradient).abs()
     largest = exact.gradient.abs().max() if len(exact.gradient) else 0
-    allowed = relative * exact.gradient.abs() + least + FLOOR[loss.dtype] * largest
+    tokens = exact.tokens.requires_grad_()
+    (shares,) = torch.autograd.grad(exact.total(tokens), tokens)
+    rounding = largest + magnitude * shares.abs()
+    allowed = relative * exact.gradient.abs() + least + FLOOR[loss.dtype] * rounding
     if loss.dtype == torch.float32:
         allowed = allowed + ERROR_FACTOR * (peer.gradient - exact.gradient).abs().amax()
     assert (error <= allowed).all(), (error.max(), (error / allowed).max())

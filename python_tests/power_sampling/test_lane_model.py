@@ -181,4 +181,5 @@ def test_compiled_model_step_gives_the_same_logits() -> None:
             lanes.prefill(2, (9, 5))
             logits.append(lanes.step(tokens, positions))
             logits.append(lanes.step(tokens, positions + 1))
-    torch.testing.assert_close(logits[2:], logits[:2], rtol=0, atol=1e-5)
+    # Two layers in float32, each product added up in another order.
+    torch.testing.assert_close(logits[2:], logits[:2], rtol=1e-5, atol=4e-5)
