@@ -134,9 +134,9 @@ def as_bool(mask: Tensor | None, log_prob: Tensor) -> Tensor:
 def per_token(advantages: Tensor, log_prob: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """advantages of tokens or sequences -> one a token in the layout; padded ones by a stride 0."""
     if not _is_per_sequence(advantages, log_prob, cu_seqlens):
-        if cu_seqlens is None:
-            return layout(advantages, None)
-        return _unambiguous(advantages, cu_seqlens).reshape(log_prob.shape).contiguous()
+        if cu_seqlens is not None:
+            advantages = _unambiguous(advantages, cu_seqlens).flatten()
+        return layout(advantages, cu_seqlens)
     if cu_seqlens is None:
         return advantages.reshape(math.prod(log_prob.shape[:-1]), 1).expand(-1, log_prob.shape[-1])
     lengths = cu_seqlens.diff()
