@@ -52,6 +52,10 @@ CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.hpp %.cu %.cuh,$(CSRC))
 PYTHON_FILES := powerkernels python_tests bench examples docs setup.py csrc/build.py
 
+PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest python_tests -q -n auto --dist loadgroup
+# Of the slow tests, one of so many parts is run with each commit.
+SHARES := 8
+
 BENCH = $(PY) -m powerkernels.cli bench
 GPU = $(PY) -m bench.gpu
 GPU_OPTIONS = $(if $(OUT),--out '$(OUT)') $(PART:%=--part %) $(if $(BUDGET),--budget $(BUDGET)) $(if $(FRESH),--fresh)
@@ -62,7 +66,7 @@ SYSTEM_PYTHON_CHECK = import importlib.util as u, sys; \
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-integrations test-launches test-vllm gpu-correctness gpu-loop gpu-figures gpu-depth gpu-rehearsal system-python bench bench-quick bench-report check format format-check lint types install clean
+.PHONY: help demo test test-all test-share test-integrations test-launches test-vllm gpu-correctness gpu-loop gpu-figures gpu-depth gpu-rehearsal system-python bench bench-quick bench-report check ci format format-check lint types install clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -70,8 +74,21 @@ help: ## list the targets
 demo: $(INSTALLED) ## samples of a real model, side by side, and the picture demo.png
 	$(PY) examples/demo.py --output demo.png
 
-test: $(INSTALLED) ## the tests
-	OMP_WAIT_POLICY=passive $(PY) -m pytest python_tests -q -n auto --dist loadgroup $(PYTEST_ARGS)
+# python_tests/tiers.py says which tests are in the fast tier.
+test: $(INSTALLED) ## the tests' fast tier
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+test-all: $(INSTALLED) ## all tests that run without a GPU, then test-integrations
+	$(PYTEST) --hypothesis-profile thorough $(PYTEST_ARGS)
+	$(MAKE) --no-print-directory test-integrations
+
+# By the commit, so that what failed can be run again; test-vllm belongs to the first share.
+test-share: $(INSTALLED) ## of the slow tests a share, as CI: another with each commit, or SHARE=2/8
+	share='$(SHARE)'; commit=$$(git rev-parse --short=7 HEAD 2>/dev/null || echo 0); \
+	share=$${share:-$$(( 0x$$commit % $(SHARES) + 1 ))/$(SHARES)}; \
+	echo "a share of the slow tests, again with: make test-share SHARE=$$share"; \
+	$(PYTEST) -m slow --share "$$share" --hypothesis-profile thorough $(PYTEST_ARGS); \
+	if test "$${share%/*}" = 1; then $(MAKE) --no-print-directory test-vllm; fi
 
 test-integrations: test-launches test-vllm gpu-rehearsal ## what takes long or installs more: test-launches, test-vllm, gpu-rehearsal
 
@@ -116,7 +133,9 @@ bench-report: $(INSTALLED) ## plots and bench/RESULTS.md from the JSON of bench/
 	$(BENCH) plot
 	$(BENCH) report
 
-check: format-check lint types test $(if $(WITH_VLLM),test-vllm) ## format, lint, types, tests; WITH_VLLM=1, as CI runs it, adds test-vllm
+check: format-check lint types test ## format, lint, types, the tests' fast tier
+
+ci: check test-share ## what CI runs
 
 format: $(INSTALLED) ## rewrite the sources as the formatters want them
 	$(PY) -m ruff format $(wildcard $(PYTHON_FILES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import zlib
 from collections.abc import Generator, Iterator
@@ -12,12 +13,30 @@ import pytest
 import torch
 
 from powerkernels import _extension
-from python_tests import triton_device
+from python_tests import tiers, triton_device
+from python_tests.tiers import SIMD_LEVELS
 
-SIMD_LEVELS = ("baseline", "avx2", "avx512")
 # Seconds for a test that may hang: its kernels compile in it, beside those of other processes.
 HANG_SECONDS = 180
 TEST_ID = pytest.StashKey[str]()  # without the group that xdist appends
+# Hypothesis's examples of a test by --hypothesis-profile: in the fast tier, and in all.
+EXAMPLES = {"fast": 25, "thorough": 200}
+
+if importlib.util.find_spec("hypothesis") is not None:
+    import hypothesis
+
+    for profile, number in EXAMPLES.items():
+        hypothesis.settings.register_profile(
+            profile,
+            max_examples=number,
+            deadline=None,
+            # A backend, for one, is a fixture, and the same in all examples.
+            suppress_health_check=[
+                hypothesis.HealthCheck.function_scoped_fixture,
+                hypothesis.HealthCheck.too_slow,
+            ],
+        )
+    hypothesis.settings.load_profile("fast")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +45,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=0,
         help="of whatever the tests draw: each is to pass with any",
+    )
+    parser.addoption(
+        "--share",
+        metavar="K/N",
+        help="of the tests that are collected the K-th of N parts: what CI runs of the slow ones",
     )
 
 
@@ -52,25 +76,29 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.stash[TEST_ID] = item.nodeid
     function = getattr(item, "obj", None)
     if getattr(function, "is_hypothesis_test", False):
-        import hypothesis
-
         hypothesis.seed(item.config.getoption("--seed"))(function)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around that of xdist, which reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None]:
     """Tests that may hang have a timeout and run last; those that need much memory, in turn.
 
     Only the end of its process ends what hangs on a device, so that the timeout does that
     (`method="thread"`): what has run before it keeps its result.
     """
+    tiers.mark(items)
     for item in items:
         if may_hang(item) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(HANG_SECONDS, method="thread"))
         if item.get_closest_marker("gpu_memory") is not None:
             item.add_marker(pytest.mark.xdist_group("gpu_memory"))
+    yield  # -m leaves some of them out, and they may be shuffled
     items.sort(key=may_hang)
-    yield
+    if share := config.getoption("--share"):
+        items[:], others = tiers.in_share(items, share)
+        config.hook.pytest_deselected(items=others)
     for item in items:
         # xdist 3.8 writes the group to a name of the node that pytest 9.2 no longer reads.
         grouped = getattr(item, "_nodeid", item.nodeid)

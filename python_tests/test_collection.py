@@ -12,15 +12,27 @@ import pytest
 
 from python_tests.conftest import HANG_SECONDS
 
+pytestmark = pytest.mark.slow  # several runs of pytest each
+
 ROOT = Path(__file__).resolve().parents[1]
+MARKERS = (
+    "may_hang",
+    "gpu_memory(gigabytes)",
+    "timeout(seconds)",
+    "xdist_group(name)",
+    "slow",
+    "gpu",
+    "interpreted",
+)
 
 CONFTEST = """
 import json, os
 import pytest
-from python_tests.conftest import pytest_collection_modifyitems  # noqa: F401
+from python_tests.test_collection import MARKERS
+from python_tests.conftest import pytest_addoption, pytest_collection_modifyitems  # noqa: F401
 
 def pytest_configure(config):
-    for line in ("may_hang", "gpu_memory(gigabytes)", "timeout(seconds)", "xdist_group(name)"):
+    for line in MARKERS:
         config.addinivalue_line("markers", line)
 
 @pytest.fixture(autouse=True)
@@ -61,12 +73,13 @@ def test_z(): pass
 
 
 DRAWING_CONFTEST = """
+from python_tests.test_collection import MARKERS
 from python_tests.conftest import (  # noqa: F401
     pytest_addoption, pytest_collection_modifyitems, pytest_fixture_setup,
     pytest_itemcollected, pytest_runtest_call,
 )
 def pytest_configure(config):
-    for line in ("may_hang", "gpu_memory(gigabytes)", "timeout(seconds)", "xdist_group(name)"):
+    for line in MARKERS:
         config.addinivalue_line("markers", line)
 """
 

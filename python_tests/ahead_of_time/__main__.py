@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 from python_tests.ahead_of_time.gate import ARCHES, Finding, Specimen, examine, table
 
 SPECIMENS = "python_tests.ahead_of_time.specimens"
+CACHE = Path(__file__).parents[2] / "build" / "triton"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -32,9 +33,24 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", type=int, choices=ARCHES, action="append")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     parser.add_argument("--from", dest="module", default=SPECIMENS, help="default: %(default)s")
-    parser.add_argument("--cache", action="store_true", help="use Triton's cache")
+    parser.add_argument(
+        "--fresh", action="store_true", help="compile all, whatever was before"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     return parser.parse_args(arguments)
+
+
+@contextlib.contextmanager
+def compiled_kernels(*, fresh: bool = False) -> Iterator[None]:
+    """Where Triton keeps what it compiles, under a hash of all that decides it: the sources of the
+    kernel and of what it calls, types, constants, options, target, Triton itself and its ptxas."""
+    if not fresh:
+        os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        yield
 
 
 def as_json(finding: Finding) -> dict[str, Any]:
@@ -85,10 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for arch in options.arch or ARCHES
         if arch in specimen.arches
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        # A kernel that comes from the cache was not compiled by this run.
-        if not options.cache:
-            os.environ["TRITON_CACHE_DIR"] = folder
+    with compiled_kernels(fresh=options.fresh):
         findings = examine_all(wanted, options.jobs)
     if options.json:
         options.json.write_text(json.dumps([as_json(finding) for finding in findings], indent=1))

@@ -1,6 +1,7 @@
 """The kernels' machine code for sm_80, sm_90 and sm_100, compiled without a GPU.
 
-Compiled in a process of its own: in this one the kernels may be interpreted.
+Compiled in a process of its own: in this one the kernels may be interpreted. The fast tier has the
+first specimen of each kernel, on sm_90.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from python_tests import tiers
 from python_tests.ahead_of_time import machine_code, specimens, toy_specimens
 from python_tests.ahead_of_time.machine_code import Counts, MachineCode, find_loops, parse_sass
 
@@ -28,6 +30,8 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
+FAST_ARCH = 90
+ARCHES = tiers.every(3, (FAST_ARCH, 100, 80))
 
 
 def run_gate(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -43,45 +47,58 @@ def run_gate(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 
 @functools.cache
-def findings_of(module: str) -> tuple[dict[tuple[str, int], dict[str, Any]], str]:
-    """What the gate found for all specimens of a module, and the table it printed."""
+def findings_of(module: str, arch: int, *names: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """What the gate found for these specimens of a module, or all, and the table it printed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "findings.json"
-        done = run_gate("--from", module, "--json", str(path))
+        done = run_gate("--from", module, "--json", str(path), "--arch", str(arch), *names)
         assert path.exists(), done.stdout + done.stderr
         findings = json.loads(path.read_text())
     sys.stdout.write("\n" + done.stdout)
     has_failed = any(finding["failures"] for finding in findings)
     assert done.returncode == (1 if has_failed else 0), done.stdout + done.stderr
-    return {(finding["name"], finding["arch"]): finding for finding in findings}, done.stdout
+    assert {finding["arch"] for finding in findings} == {arch}
+    return {finding["name"]: finding for finding in findings}, done.stdout
 
 
-def check(module: str, name: str, arch: int) -> None:
-    findings, printed = findings_of(module)
-    failures = findings[name, arch]["failures"]
+def check(name: str, arch: int, *of: Any) -> None:
+    findings, printed = findings_of(*of)
+    failures = findings[name]["failures"]
     if failures:
         wrong = "\n".join(f"  {failure}" for failure in failures)
         pytest.fail(f"{name} on sm_{arch}:\n{wrong}\n\n{printed}", pytrace=False)
 
 
 def toy(name: str, arch: int) -> dict[str, Any]:
-    return findings_of(toy_specimens.__name__)[0][name, arch]
+    return findings_of(toy_specimens.__name__, arch)[0][name]
 
 
+FIRST = {s.kernel: s.name for s in reversed(specimens.SPECIMENS) if FAST_ARCH in s.arches}.values()
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_first_specimen_of_a_kernel_is_compiled_as_expected(name: str) -> None:
+    check(name, FAST_ARCH, specimens.__name__, FAST_ARCH, *FIRST)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arch"), [(s.name, arch) for s in specimens.SPECIMENS for arch in s.arches]
 )
 def test_kernel_is_compiled_as_expected(name: str, arch: int) -> None:
-    check(specimens.__name__, name, arch)
+    check(name, arch, specimens.__name__, arch)
 
 
 GOOD = [s for s in toy_specimens.SPECIMENS if not s.name.startswith("bad_")]
-ARCHES = (80, 90, 100)
 
 
-@pytest.mark.parametrize(("name", "arch"), [(s.name, arch) for s in GOOD for arch in s.arches])
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("name", [s.name for s in GOOD])
 def test_good_toy_passes(name: str, arch: int) -> None:
-    check(toy_specimens.__name__, name, arch)
+    (arches,) = (s.arches for s in GOOD if s.name == name)
+    if arch not in arches:
+        pytest.skip(f"{name} is not for sm_{arch}")
+    check(name, arch, toy_specimens.__name__, arch)
 
 
 @pytest.mark.parametrize("arch", ARCHES)
@@ -128,7 +145,7 @@ def test_async_copies_are_loads(arch: int) -> None:
     assert not region["loads"]
 
 
-@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("arch", ARCHES[:2])
 def test_matmul_loop_lies_in_the_loop_of_the_exponentials(arch: int) -> None:
     code = toy("matmul", arch)["code"]
     (outer,) = (loop for loop in code["loops"] if loop["own"]["exps"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -170,7 +170,6 @@ def test_bounds_are_of_flat_tensors(function):
         function(VALUES[0], torch.ones(4), cu_seqlens=torch.tensor([0, 1, 3]))
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(-2, 9), max_size=5), st.integers(0, 6))
 def test_bounds_that_do_not_add_up_are_refused(bounds, count):
     values = torch.ones(count)
@@ -184,7 +183,6 @@ def test_bounds_that_do_not_add_up_are_refused(bounds, count):
                 function(values, values, cu_seqlens=cu_seqlens)
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.integers(0, 3), min_size=1, max_size=3),
     st.lists(st.integers(0, 3), max_size=3),

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from powerkernels.decode_attention import decode_attention, reference
+from python_tests import tiers
 from python_tests.decode_attention.test_decode_attention import DTYPES, OPTIONS, inputs
 
 pytest.importorskip("triton")
@@ -108,7 +109,11 @@ def test_any_group(kernel_device: str, group: int, generator: torch.Generator) -
         check(kernel_device, tensors, sinks=torch.linspace(-2, 2, 2 * group))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize(
+    "options",
+    tiers.every(len(OPTIONS) - 1, OPTIONS),
+    ids=lambda options: "-".join(options) or "plain",
+)
 def test_more_splits_than_are_merged_at_a_time(
     kernel_device: str, options: dict, generator: torch.Generator
 ) -> None:
@@ -139,9 +144,7 @@ def test_any_strides(
     assert torch.equal(bits(after), bits(before))
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@tiers.examples(0.2)
 @given(
     length=st.integers(1, 3 * SPLIT),
     behind=st.sampled_from([0, 1, 40, SPLIT, 2 * SPLIT]),

@@ -206,6 +206,7 @@ def on_a_rank(rank: int, ranks: int) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_ranks_select_together(tmp_path):
     shards = run(on_a_rank, RANKS, tmp_path)
     batch = random_batch((6, 100), 4)
@@ -235,6 +236,7 @@ def test_no_config():
         adapter.VerlLosses().vanilla(*batch)
 
 
+@pytest.mark.slow
 def test_verl_loads_it_as_an_external_module():
     code = (
         "from verl.trainer.ppo.core_algos import get_policy_loss_fn\n"

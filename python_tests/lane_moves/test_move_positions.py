@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,11 +22,6 @@ WORDS = {
     8: [(3, torch.int64), (24, torch.bfloat16)],
     16: [(24, torch.bfloat16), (252, torch.float32)],
 }
-QUIET = settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 # A move of one lane: (source lane, source copy, first, count, both from).
 Move = tuple[int, int, int, int, int]
@@ -113,13 +108,11 @@ def check_case(case: tuple, device: str = "cpu") -> None:
     check(random_copies(len(moves), positions, widths), positions, moves, offset, device)
 
 
-@QUIET
 @given(case=cases())
 def test_random_moves(backend: str, case: tuple) -> None:
     check_case(case)
 
 
-@QUIET
 @given(case=cases())
 def test_random_moves_in_the_kernel(kernel_device: str, case: tuple) -> None:
     pytest.importorskip("triton")

@@ -1,6 +1,6 @@
 """Makes the calls of `calls.py` on a stand-in for a GPU, and says in JSON what came of them.
 
-    python -m python_tests.launch_path [--arch 90] [--full] [--json FILE] [--from MODULE] [call ...]
+    python -m python_tests.launch_path [--arch 90] [--brief | --full] [--json FILE] [call ...]
 
 Exits with 1 if something would have failed on a GPU, and with 2 if nothing could be called.
 """
@@ -14,12 +14,13 @@ import json
 import os
 import random
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from python_tests.ahead_of_time.__main__ import compiled_kernels
 
 CALLS = "python_tests.launch_path.calls"
 ARCHES = (80, 90, 100)
@@ -31,7 +32,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m python_tests.launch_path")
     parser.add_argument("names", nargs="*", help="calls that begin so; without any, all")
     parser.add_argument("--arch", type=int, choices=ARCHES, default=90)
+    parser.add_argument("--brief", action="store_true", help="what reaches every kernel")
     parser.add_argument("--full", action="store_true", help="the long list too")
+    parser.add_argument(
+        "--fresh", action="store_true", help="compile all, whatever was before"
+    )
     parser.add_argument("--json", type=Path, help="where to write the report")
     parser.add_argument("--from", dest="module", default=CALLS, help="default: %(default)s")
     return parser.parse_args(arguments)
@@ -59,11 +64,14 @@ def run(options: argparse.Namespace) -> dict[str, Any] | str:
         call
         for call in module.CALLS
         if (options.full or not call.full)
+        and (not options.brief or call.name in module.BRIEF)
         and (not options.names or call.name.startswith(tuple(options.names)))
     ]
     if not calls:
         return f"no call begins with {options.names}"
     names = [call.name for call in module.CALLS]
+    if options.brief and (unknown := set(module.BRIEF).difference(names)):
+        return f"BRIEF has calls that are not there: {sorted(unknown)}"
     if len(set(names)) < len(names):
         return f"two calls have one name: {sorted({n for n in names if names.count(n) > 1})}"
 
@@ -137,9 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         sys.stderr.write("TRITON_INTERPRET is set, and its kernels are not launched: unset it\n")
         return 2
-    with tempfile.TemporaryDirectory() as folder:
-        # What comes from the cache was not compiled by this run.
-        os.environ.setdefault("TRITON_CACHE_DIR", folder)
+    with compiled_kernels(fresh=options.fresh):
         report = run(options)
     if isinstance(report, str):
         sys.stderr.write(report + "\n")

@@ -785,3 +785,22 @@ FLAGS = ("early_rejection", "shared_prefix_skip", "length_term", "growth_cap", "
 for flag, value in itertools.product((*FLAGS, "stop_at_eos"), (False, True)):
     add_transition(f"transition {flag} {value}", transition, 16, rules={flag: value}, full=True)
 add_transition("transition alpha 0.5", transition, 16, alpha=0.5, full=True)
+
+# What the fast tier takes: it reaches every kernel, and of each op what a user calls first.
+BRIEF = (
+    "score_tokens bfloat16",
+    "score_tokens no rows",
+    "2 shards of a vocabulary, 8 rows",
+    "linear_score_tokens chunked",
+    "linear_score_tokens fused",
+    "sample_tokens with a ban top_k",
+    "sample_tokens while a graph is captured",
+    "token_covariance float32",
+    "select float32",
+    "losses float32",
+    "losses while a graph is captured",
+    "advice, masked True",
+    "decode_attention",
+    "move_positions 16 lanes of 1000 x 192 bfloat16",
+    "transition 1 lanes",
+)

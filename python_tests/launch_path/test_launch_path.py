@@ -1,7 +1,7 @@
 """Every op launches on a GPU as far as that can be known without one, at the first call and after.
 
-In a process of its own: in this one the kernels may be interpreted. The long list, and other
-versions of Triton, are for `make test-launches`.
+In a process of its own: in this one the kernels may be interpreted. The fast tier has the calls
+that reach every kernel; the long list, and other versions of Triton, are for `make test-launches`.
 """
 
 from __future__ import annotations
@@ -88,13 +88,15 @@ def is_ordered(atomic: str) -> bool:
     return bool({"acq_rel", "acquire", "release"} & set(atomic.split(".")))
 
 
-def test_calls() -> None:
-    report = report_of()
+@pytest.mark.parametrize("options", [("--brief",), pytest.param((), marks=pytest.mark.slow)])
+def test_calls(options: tuple[str, ...]) -> None:
+    report = report_of(*options)
     check(report)
     # Twice, and once more in each of two orders.
     assert min(report["kernels"].values()) >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 100])
 def test_calls_by_architecture(arch: int) -> None:
     check(report_of("--arch", str(arch), *BY_ARCH))

@@ -11,7 +11,7 @@ from powerkernels._cuda_graph import waits_are_errors
 from powerkernels.logprob import gpu, reference, vocab_parallel
 from powerkernels.logprob.functional import implementation
 from powerkernels.logprob.options import ScoreOptions
-from python_tests import triton_device
+from python_tests import tiers, triton_device
 from python_tests.logprob import expected
 from python_tests.logprob.expected import (
     assert_close_to_truth,
@@ -259,7 +259,7 @@ def test_layouts(kernel_device, layout, dtype, generator):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("alpha", [1.0, 2.5, 4.0, 7.3])
+@pytest.mark.parametrize("alpha", tiers.every(2, [7.3, 1.0, 4.0, 2.5]))
 def test_both_variants_and_any_batch_have_the_same_bits(
     kernel_device, dtype, alpha, generator, monkeypatch
 ):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
@@ -293,7 +293,6 @@ def test_bad_arguments(backend, logits, changes, error, names):
         sample_tokens(logits, **({"seed": 0, "counters": COUNTERS} | changes))
 
 
-@settings(deadline=None, max_examples=150)
 @given(
     values=st.lists(
         st.floats(width=32) | st.sampled_from([math.nan, math.inf, -math.inf]),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -578,7 +578,6 @@ def test_bad_arguments(backend, logits, targets, options, error, names):
         score_tokens(logits, targets, **options)
 
 
-@settings(deadline=None, max_examples=150)
 @given(
     values=st.lists(
         st.floats(width=32) | st.sampled_from([math.nan, math.inf, -math.inf]),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from powerkernels._cuda_graph import waits_are_errors
 from powerkernels.logprob import reference
 from powerkernels.logprob.functional import implementation
 from powerkernels.logprob.options import ScoreOptions, Support
-from python_tests import triton_device
+from python_tests import tiers, triton_device
 from python_tests.logprob.expected import far_apart, random_logits
 from python_tests.logprob.test_sample_tokens import (
     DRAWS,
@@ -172,7 +172,16 @@ def test_the_support_of_a_real_vocabulary(backend, dtype, alpha, generator):
 
 @pytest.mark.parametrize(
     ("dtype", "alpha"),
-    [*((torch.float32, alpha) for alpha in (0.0, 1.0, 2.5)), (DTYPES[1], 4.0), (DTYPES[2], 0.7)],
+    tiers.every(
+        3,
+        [
+            (torch.float32, 2.5),
+            *((torch.float32, alpha) for alpha in (0.0, 1.0)),
+            (DTYPES[1], 4.0),
+            (DTYPES[2], 0.7),
+        ],
+        of_several=True,
+    ),
 )
 def test_the_support_by_the_kernels(kernel_device, dtype, alpha, generator):
     for vocab, some in ((1, BOUNDS[::3]), (2, BOUNDS[::4]), (127, BOUNDS[::2]), (1500, BOUNDS)):
@@ -181,7 +190,7 @@ def test_the_support_by_the_kernels(kernel_device, dtype, alpha, generator):
             check(kernel_device, logits, alpha, banned=torch.tensor([-1, 0]), **bounds)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("dtype", tiers.every(3, DTYPES[2::-1]))
 def test_the_support_of_a_real_vocabulary_by_the_kernels(kernel_device, dtype, generator):
     logits = random_logits((1, 50257), dtype, generator)
     check(kernel_device, logits, 1.0, top_k=3000, top_p=0.9, min_p=1e-3)
@@ -204,6 +213,7 @@ def test_how_near_to_a_boundary_top_p_may_be(backend, dtype, generator):
     check_boundaries("cpu", logits, BOUNDARY if dtype == torch.float32 else 1e-12)
 
 
+@pytest.mark.slow
 def test_how_near_to_a_boundary_top_p_may_be_for_the_kernels(kernel_device, generator):
     check_boundaries(kernel_device, 3 * torch.randn(1, 600, generator=generator), BOUNDARY)
 
@@ -251,7 +261,7 @@ def test_the_support_is_that_of_transformers(backend, alpha, bounds, generator):
         assert torch.equal(logits >= threshold[:, None], expected)
 
 
-@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+@pytest.mark.parametrize("bounds", tiers.every(3, BOUNDS), ids=str)
 def test_the_support_by_the_kernels_is_that_of_transformers(kernel_device, bounds, generator):
     logits = without_ties(600, generator)
     threshold = threshold_of(kernel_device, logits, 2.0, bounds)
@@ -282,7 +292,7 @@ def test_ties_with_the_threshold_are_in(backend, dtype, bounds):
         check("cpu", TIES.to(dtype), alpha, **bounds)
 
 
-@pytest.mark.parametrize("bounds", TIED_BOUNDS, ids=str)
+@pytest.mark.parametrize("bounds", tiers.every(5, TIED_BOUNDS), ids=str)
 def test_ties_with_the_threshold_are_in_for_the_kernels(kernel_device, bounds):
     for dtype in (torch.float32, torch.bfloat16):
         check(kernel_device, TIES.to(dtype), 1.0, **bounds)
@@ -435,6 +445,7 @@ def test_banned_in_and_outside_of_the_support(backend):
     check_bans("cpu")
 
 
+@pytest.mark.slow
 def test_banned_in_and_outside_of_the_support_by_the_kernels(kernel_device):
     check_bans(kernel_device)
 
@@ -540,6 +551,7 @@ def test_strides(backend, generator):
     check_layouts("cpu", generator)
 
 
+@pytest.mark.slow
 def test_strides_in_the_kernels(kernel_device, generator):
     check_layouts(kernel_device, generator)
 
@@ -617,7 +629,6 @@ def test_bad_arguments(backend, bounds, error, names):
         sample_tokens(torch.zeros(2, 5), seed=0, counters=counters_for(2), **bounds)
 
 
-@settings(deadline=None, max_examples=200)
 @given(
     values=st.lists(
         st.floats(width=32) | st.sampled_from([0.0, -0.0, 1.0, math.nan, math.inf, -math.inf]),

@@ -96,8 +96,9 @@ def score_shards(rank: int, ranks: int) -> dict[str, torch.Tensor]:
     return results(inputs(), bounds_of(rank, ranks), dist.group.WORLD)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 @pytest.mark.parametrize("backend_name", BACKENDS)
+@pytest.mark.each_value
 def test_a_split_vocabulary_is_the_whole(backend_name, ranks, tmp_path, monkeypatch):
     if backend_name == "cpp" and _extension.extension() is None:
         pytest.skip(f"no compiled part: {_extension.why_missing()}")
@@ -173,6 +174,7 @@ def compiled_loss(rank: int, ranks: int) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph(tmp_path):
     for found in run(compiled_loss, 2, tmp_path):
         torch.testing.assert_close(found["compiled"], found["eager"], equal_nan=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -261,11 +261,7 @@ def test_entropy(backend, mode, counts):
 
 
 @settings(
-    max_examples=150,
-    deadline=None,
     derandomize=True,  # a ratio within a rounding of a bound is clipped by one and not the other
-    # The backend is the same in all examples.
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(
     shape=st.tuples(st.integers(1, 9), st.integers(1, 70)),

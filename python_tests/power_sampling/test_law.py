@@ -8,6 +8,7 @@ import pytest
 from powerkernels.power_sampling import PowerSamplingConfig
 from powerkernels.power_sampling.engine import Chain, SamplerStats, run_chains
 from powerkernels.power_sampling.lane_state import Rules, rules_of
+from python_tests import tiers
 from python_tests.power_sampling.enumerable import (
     EOS,
     PROMPT,
@@ -81,6 +82,7 @@ def test_transition_leaves_the_power_law_invariant(
 @pytest.mark.parametrize("early_rejection", [False, True])
 @pytest.mark.parametrize("shared_prefix_skip", [False, True])
 @pytest.mark.parametrize("proposal_power", PROPOSAL_POWERS)
+@pytest.mark.each_value
 def test_chain_has_its_exact_law_at_every_length(
     model: EnumerableModel,
     early_rejection: bool,
@@ -106,6 +108,7 @@ LONG_CHAIN = dict(alpha=1.5, max_new_tokens=3, block_size=3, num_mcmc_steps=48)
 @pytest.mark.parametrize("early_rejection", [False, True])
 @pytest.mark.parametrize("shared_prefix_skip", [False, True])
 @pytest.mark.parametrize("proposal_power", [None, 1.2])
+@pytest.mark.each_value
 def test_long_chain_has_the_power_law(
     early_rejection: bool, shared_prefix_skip: bool, proposal_power: float | None
 ) -> None:
@@ -135,7 +138,7 @@ def test_single_block_of_five_tokens() -> None:
     assert p_value(counts, model.chain_law(config)) > SIGNIFICANCE
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 4.0])
+@pytest.mark.parametrize("alpha", tiers.every(3, [0.0, 0.5, 1.0, 4.0]))
 def test_other_powers(model: EnumerableModel, alpha: float) -> None:
     config = settings(alpha=alpha)
     counts = completion_counts(model, config)
@@ -172,11 +175,11 @@ def assert_wrong_law(*, rules: dict[str, bool], **changes: object) -> None:
     assert total_variation(counts[:-1], law) > 0.01
 
 
-@pytest.mark.parametrize("shared_prefix_skip", [False, True])
+@pytest.mark.parametrize("shared_prefix_skip", tiers.every(2, [True, False]))
 def test_without_length_term_the_law_is_wrong(shared_prefix_skip: bool) -> None:
     assert_wrong_law(rules={"length_term": False}, shared_prefix_skip=shared_prefix_skip)
 
 
-@pytest.mark.parametrize("shared_prefix_skip", [False, True])
+@pytest.mark.parametrize("shared_prefix_skip", tiers.every(2, [True, False]))
 def test_with_growth_capped_the_law_is_wrong(shared_prefix_skip: bool) -> None:
     assert_wrong_law(rules={"growth_cap": True}, shared_prefix_skip=shared_prefix_skip)

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from powerkernels import PowerSampler, PowerSamplingConfig
 from powerkernels.power_sampling.engine import SamplerStats
 from powerkernels.power_sampling.progress import ProgressLine, describe
+from python_tests import tiers
 from python_tests.power_sampling.enumerable import EOS, EnumerableModel, chi2_p_value
 from python_tests.tiny_model import CHAT_TEMPLATE, save_tiny_model
 
@@ -313,7 +314,7 @@ def test_block_larger_than_the_completion_is_one_block() -> None:
     assert PowerSamplingConfig().block_limits == tuple(range(192, 3073, 192))
 
 
-@settings(max_examples=40, deadline=None)
+@tiers.examples(0.4)
 @given(
     alpha=st.floats(0, 8, allow_nan=False),
     max_new_tokens=st.integers(1, 5),

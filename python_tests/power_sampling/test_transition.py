@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -53,6 +53,7 @@ from powerkernels.power_sampling.lane_state import (
 )
 from powerkernels.power_sampling.metropolis_hastings import TOKEN_DRAW
 from powerkernels.power_sampling.transition import Transition, transition_of
+from python_tests import tiers
 from python_tests.power_sampling.enumerable import EOS, EnumerableModel
 
 # A token of probability zero gives sums of -inf and their difference, in the reference by numpy.
@@ -443,7 +444,6 @@ def assert_same_completion(
     torch.testing.assert_close(*sums, rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=150, deadline=None)
 @given(case=cases())
 def test_invariants(case: Case) -> None:
     check_history(case)
@@ -480,9 +480,7 @@ def check_history(case: Case) -> None:
         )
 
 
-@settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@tiers.examples(2)
 @given(case=cases())
 def test_compiled(compiled_backend: None, case: Case) -> None:
     follow(case, transition_of)
@@ -517,7 +515,14 @@ def small_blocks(kernels: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "MOVE_BLOCK", 2)
 
 
-@pytest.mark.parametrize("name", CASES)
+# Each case is followed by the compiled transition too, in test_compiled_long_histories.
+KERNEL_CASES = ("plain", "s > alpha", "public", "many lanes")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [x if x in KERNEL_CASES else pytest.param(x, marks=pytest.mark.slow) for x in CASES],
+)
 def test_kernels(kernel_device: str, small_blocks: None, name: str) -> None:
     options = {"chains": (0, 7, 8, 2**31), "num_lanes": 5, **CASES[name]}
     spot_check(make_case(**options), transition_of, kernel_device, num_histories=2)
@@ -610,7 +615,7 @@ def draw_chain(
     )
 
 
-@settings(max_examples=60, deadline=None)
+@tiers.examples(0.4)
 @given(case=cases(), model_seed=st.integers(0, 5), join=st.sampled_from([0.1, 0.5, 1.0]))
 def test_a_chain_is_the_same_with_any_number_of_lanes(
     case: Case, model_seed: int, join: float
