@@ -55,6 +55,9 @@ PYTHON_FILES := powerkernels python_tests bench examples docs setup.py csrc/buil
 PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest python_tests -q -n auto --dist loadgroup
 # Of the slow tests, one of so many parts is run with each commit.
 SHARES := 8
+RUNS := 20
+COVERAGE := build/coverage
+COVERED = $(subst -m pytest,-m coverage run -m pytest,$(PYTEST))
 
 BENCH = $(PY) -m powerkernels.cli bench
 GPU = $(PY) -m bench.gpu
@@ -66,7 +69,7 @@ SYSTEM_PYTHON_CHECK = import importlib.util as u, sys; \
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-all test-share test-integrations test-launches test-vllm gpu-correctness gpu-loop gpu-figures gpu-depth gpu-rehearsal system-python bench bench-quick bench-report check ci format format-check lint types install clean
+.PHONY: help demo test test-all test-share test-orders test-coverage test-integrations test-launches test-vllm gpu-correctness gpu-loop gpu-figures gpu-depth gpu-rehearsal system-python bench bench-quick bench-report check ci format format-check lint types install clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -89,6 +92,22 @@ test-share: $(INSTALLED) ## of the slow tests a share, as CI: another with each 
 	echo "a share of the slow tests, again with: make test-share SHARE=$$share"; \
 	$(PYTEST) -m slow --share "$$share" --hypothesis-profile thorough $(PYTEST_ARGS); \
 	if test "$${share%/*}" = 1; then $(MAKE) --no-print-directory test-vllm; fi
+
+# Of two runs one is in one process, and the number of threads changes with every second.
+test-orders: $(INSTALLED) ## the fast tier in RUNS=20 random orders, in one process and two, with 1, 2, 3 or 8 threads
+	for run in $$(seq 1 $(RUNS)); do \
+		set -- 1 2 3 8; shift $$(( run / 2 % 4 )); \
+		echo "run $$run: $$(( run % 2 + 1 )) processes of $$1 threads"; \
+		OMP_NUM_THREADS=$$1 $(PYTEST) -n $$(( run % 2 * 2 )) -m 'not slow' \
+			--random-order --random-order-seed=$$run $(PYTEST_ARGS); \
+	done
+
+# Each test runs once, in the one tier or the other.
+test-coverage: $(INSTALLED) ## lines that the fast tier reaches beside those that all tests reach, by file
+	rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
+	COVERAGE_FILE=$(COVERAGE)/fast $(COVERED) -m 'not slow' $(PYTEST_ARGS)
+	COVERAGE_FILE=$(COVERAGE)/slow $(COVERED) -m slow $(PYTEST_ARGS)
+	$(PY) -m python_tests.coverage_of_tiers $(COVERAGE)
 
 test-integrations: test-launches test-vllm gpu-rehearsal ## what takes long or installs more: test-launches, test-vllm, gpu-rehearsal
 
