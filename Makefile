@@ -50,7 +50,7 @@ export VLLM_REQUIREMENTS
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.hpp %.cu %.cuh,$(CSRC))
-PYTHON_FILES := powerkernels python_tests bench examples docs setup.py csrc/build.py
+PYTHON_FILES := powerkernels python_tests bench examples setup.py csrc/build.py
 
 BENCH = $(PY) -m powerkernels.cli bench
 GPU = $(PY) -m bench.gpu
@@ -132,7 +132,7 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(PY) -m mypy
-	$(PY) -m mypy examples/demo.py docs/toys.py
+	$(PY) -m mypy examples/demo.py examples/toys.py
 
 install: $(INSTALLED) ## create or refresh .venv
 
@@ -177,5 +177,5 @@ $(INTEGRATIONS)/installed: $(INTEGRATIONS)/wheel
 
 clean: ## remove .venv, builds and caches
 	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo.png
-	find powerkernels python_tests bench examples docs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find powerkernels python_tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	rm -f powerkernels/*.so
