@@ -135,7 +135,7 @@ def _left_out(suite: dict[str, Any]) -> Iterator[str]:
 
 
 def _pictures(path: Path) -> Iterator[str]:
-    pictures = sorted(plots.FOLDER.glob(f"{path.stem}-*.png"))
+    pictures = sorted(plots.FOLDER.glob(f"{path.stem}-*.svg"))
     if pictures:
         yield "\n".join(f"![{picture.stem}](plots/{picture.name})" for picture in pictures)
 
