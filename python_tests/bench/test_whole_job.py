@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,12 @@ from bench.harness import machine, results, whole_job
 from bench.harness.cases import Case
 from bench.linear_logprob import peak_memory
 from bench.memory import peak_bytes
-from bench.power_sampling import compare_public_law, compare_public_sampler, compare_sampler
+from bench.power_sampling import (
+    compare_public_law,
+    compare_public_sampler,
+    compare_sampler,
+    compare_vllm,
+)
 
 SCRIPTS = ("compare_sampler", "compare_vllm", "compare_public_sampler", "compare_public_law")
 ENVIRONMENT = machine.environment(torch.device("cpu"))
@@ -55,6 +62,35 @@ def test_the_samplers_runs(tmp_path: Path) -> None:
     assert "num_lanes" not in found["one prompt, 1 lane"].info["shape"]
     assert found["one prompt, 1 lane"].case.endswith("2 prompts, one after the other, bfloat16")
     assert (found["peer"].info["peer"], found["peer"].info["ours"]) == ("public-sampler", False)
+
+
+def processes(results: dict[str, dict[str, Any]]) -> SimpleNamespace:
+    """In the place of `subprocess`: a run prints the result of its name."""
+
+    def run(command: list[str], **options: object) -> SimpleNamespace:
+        name = command[command.index("--only") + 1]
+        return SimpleNamespace(stdout=json.dumps(results[name]) + "\n")
+
+    return SimpleNamespace(run=run, PIPE=subprocess.PIPE)
+
+
+def test_the_commands_write_what_their_processes_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "new" / "a.json"
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    both = {"both": {"seconds": 4.0, "prompts": 16}}
+    monkeypatch.setattr(compare_sampler, "subprocess", processes(both))
+    monkeypatch.setattr(sys, "argv", ["a", "--runs", "both", "--output", str(path)])
+    compare_sampler.main()
+    assert rows(path)["both"].median == 4.0
+
+    found = {name: {"seconds": float(n + 2)} for n, name in enumerate(compare_vllm.RUNS)}
+    monkeypatch.setattr(compare_vllm, "subprocess", processes(found))
+    monkeypatch.setattr(sys, "argv", ["a", "--dtype", "float32", "--output", str(path)])
+    compare_vllm.main()
+    assert {row.info["dtype"] for row in rows(path).values()} == {"float32"}
+    assert rows(path)["vllm"].info["metrics"] == {"seconds": 3.0, "share_of_lockstep": 1.5}
 
 
 def test_the_public_samplers_runs(tmp_path: Path) -> None:
