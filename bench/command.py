@@ -113,13 +113,16 @@ def _plot(arguments: argparse.Namespace, paths: list[Path]) -> int:
 
 
 def _report(arguments: argparse.Namespace, paths: list[Path]) -> int:
-    from bench.harness import report
+    from bench.harness import readme, report
 
     if paths:
         raise ValueError("bench report takes no files: it reads those of bench/results/")
-    target = arguments.out or report.TARGET
-    target.write_text(report.markdown())
-    print(target)
+    pages = {arguments.out or report.TARGET: report.markdown()}
+    if arguments.out is None:
+        pages[readme.TARGET] = readme.rewritten(readme.TARGET.read_text())
+    for target, text in pages.items():
+        target.write_text(text)
+        print(target)
     return 0
 
 

@@ -9,13 +9,21 @@ from bench.harness.cases import Kernel
 from bench.jobs import cases as jobs
 from bench.linear_logprob import cases as linear_logprob
 from bench.logprob import cases as logprob
+from bench.logprob import sequence_cases as sequences
 from bench.policy_loss import cases as policy_loss
 from bench.power_sampling import cases as power_sampling
 
+MODULES = (
+    logprob,
+    sequences,
+    linear_logprob,
+    policy_loss,
+    decode_attention,
+    power_sampling,
+    jobs,
+)
 KERNELS: dict[str, Kernel] = {
-    kernel.name: kernel
-    for module in (logprob, linear_logprob, policy_loss, decode_attention, power_sampling, jobs)
-    for kernel in module.KERNELS
+    kernel.name: kernel for module in MODULES for kernel in module.KERNELS
 }
 PARTS = tuple(dict.fromkeys(kernel.part for kernel in KERNELS.values()))
 

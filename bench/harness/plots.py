@@ -1,4 +1,7 @@
-"""Plots from the JSON, one a kernel: roofline, times along each axis, speed-ups; PNG and SVG."""
+"""Plots from the JSON, one a kernel: roofline, times along each axis, speed-ups; SVG.
+
+SVG since it is text: a change of a figure is a change of some lines, and it is sharp at any size.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,29 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from bench.harness import results
 from bench.harness.results import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, FOLDER = ROOT / "bench" / "results", ROOT / "bench" / "plots"
-FORMATS = ("png", "svg")
 OUR_COLOUR = "#c0392b"
 Colours = dict[str, Any]
 FIXED_COLOURS: Colours = {"powerkernels": OUR_COLOUR, "ceiling": "black"}
 LEGEND_COLUMNS = 5
-# The same bytes for the same figures.
-STYLE = {"svg.hashsalt": "powerkernels", "axes.grid": True, "grid.alpha": 0.3, "font.size": 8}
+# The same bytes for the same figures: ids that are drawn from the salt, and no date. Letters are
+# the viewer's: as outlines they are half of the file.
+STYLE = {
+    "svg.hashsalt": "powerkernels",
+    "svg.fonttype": "none",
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 8,
+}
+METADATA = {"Date": None}
 PANEL_WIDTH, PANEL_HEIGHT = 4.6, 4.0  # inches
-METADATA = {"svg": {"Date": None}, "png": {"Software": None}}
+POSITION_DIGITS = 4  # of a share of the figure
 
 
 def committed() -> list[Path]:
@@ -53,20 +64,24 @@ def draw(paths: Sequence[Path], folder: Path) -> list[Path]:
     with mpl.rc_context(STYLE):
         for path in paths:
             for name, figure in figures(results.load(path)):
-                for kind in FORMATS:
-                    target = folder / f"{path.stem}-{name}.{kind}"
-                    figure.savefig(target, metadata=METADATA[kind], dpi=130)
-                    written.append(target)
+                target = folder / f"{path.stem}-{name}.svg"
+                figure.savefig(target, metadata=METADATA)
+                written.append(target)
                 plt.close(figure)
     return written
 
 
 def figures(data: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
-    """One a kernel: its roofline, its time along each axis, its speed-ups, side by side."""
+    """One a kernel: its roofline, its time along each axis, its speed-ups, side by side.
+
+    None of a kernel that has neither a floor nor an axis: the table says it all.
+    """
     rows = best_mode(list(results.rows_of(data)))
     environment = data[results.KEY]["environment"]
     for kernel in dict.fromkeys(row.kernel for row in rows):
         own = [row for row in rows if row.kernel == kernel]
+        if not any(row.info["floor_bytes"] or row.info["sweep"] for row in own):
+            continue
         colours = colours_of(own)
         panels: list[Callable[[Axes], None]] = []
         if any(row.info["floor_bytes"] for row in own):
@@ -83,10 +98,13 @@ def figures(data: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
             layout="constrained",
             squeeze=False,
         )
-        figure.suptitle(f"{kernel} on {environment['device']}, {environment['threads']} threads")
+        title = figure.suptitle(
+            f"{kernel} on {environment['device']}, {environment['threads']} threads"
+        )
         for panel, place in zip(panels, axes[0], strict=True):
             panel(place)
         _legend(figure)
+        _settle(figure, title)
         yield kernel, figure
 
 
@@ -207,3 +225,12 @@ def _legend(figure: Figure) -> None:
         figure.legend(
             once.values(), once.keys(), fontsize=7, loc="outside lower center", ncols=LEGEND_COLUMNS
         )
+
+
+def _settle(figure: Figure, title: Text) -> None:
+    """Where the layout has put everything, rounded: its last digits differ from run to run."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position([round(each, POSITION_DIGITS) for each in axes.get_position().bounds])
+    title.set_position(tuple(round(each, POSITION_DIGITS) for each in title.get_position()))

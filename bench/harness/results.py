@@ -1,28 +1,38 @@
 """The JSON of a run: pytest-benchmark's schema, and what a row means in each `extra_info`.
 
 So pytest-benchmark's own compare and histogram commands read it too. Of ours are the key `suite`
-(schema version, environment, command line, ceilings, what was skipped and what failed) and the
-samples themselves in `stats.data`. The file is written anew after every case.
+(schema version, environment, command line, ceilings, what was skipped and what failed) and, in
+`stats`, what stands for the samples: p20, p80, QUANTILES quantiles, and by how much the halves of
+the run differ. A row is a line. The file is written anew after every case.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest_benchmark
 from pytest_benchmark.stats import Stats
 from pytest_benchmark.utils import get_commit_info
 
 from bench.harness import timing
-from bench.harness.cases import Case, Kernel, Variant
+from bench.harness.cases import Case
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had every sample
 KEY = "suite"
+# Of a row's samples, of which there are 8 to 40. `compare` takes them for so many samples: in a
+# table of 300 rows it then finds medians that are 1.5 standard deviations apart, and with all 40
+# samples it would find 0.9.
+QUANTILES = 20
+DIGITS = 6  # of a quantile: a clock has no more
+FEWEST_IN_A_HALF = 5
 # A file goes on with --resume only where these are as they were.
 SAME = ("commit", "changed", "sources", "device", "threads", "torch")
 # The device of a rehearsal's file, whose times are none.
@@ -44,8 +54,10 @@ class Row(NamedTuple):
         return self.kernel, self.case, self.variant, self.mode
 
     @property
-    def samples(self) -> list[float]:
-        return self.stats.get("data") or []
+    def quantiles(self) -> list[float]:
+        """What stands for the samples: all of them, in order, where there are few."""
+        found: list[float] = self.stats["quantiles"]
+        return found
 
     @property
     def median(self) -> float:
@@ -119,49 +131,91 @@ class Document:
         if self.path is None:
             return
         beside = self.path.with_name(f".{self.path.name}.part")
-        beside.write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n")
+        beside.write_text(as_text(self.data))
         os.replace(beside, self.path)
 
 
+def as_text(data: dict[str, Any]) -> str:
+    """As JSON, with a line for each row."""
+    parts = []
+    for key, value in data.items():
+        if key == "benchmarks" and value:
+            rows = ",\n".join(json.dumps(entry, allow_nan=False) for entry in value)
+            text = f"[\n{rows}\n]"
+        else:
+            text = json.dumps(value, indent=1, allow_nan=False)
+        parts.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def summary(samples: Sequence[float]) -> dict[str, Any]:
+    """`stats` of a row, from seconds in the order in which they were taken."""
+    stats = Stats()
+    for sample in samples:
+        stats.update(sample)
+    return {
+        **stats.as_dict(),
+        "p20": timing.quantile(samples, 0.2),
+        "p80": timing.quantile(samples, 0.8),
+        "halves_differ": halves_differ(samples),
+        "quantiles": quantiles(samples),
+    }
+
+
+def quantiles(samples: Sequence[float]) -> list[float]:
+    """All samples in order, or the middles of QUANTILES shares that hold as many of them each."""
+    found = sorted(samples)
+    if len(samples) > QUANTILES:
+        middles = (np.arange(QUANTILES) + 0.5) / QUANTILES
+        found = np.quantile(samples, middles, method="hazen").tolist()
+    return [float(f"{each:.{DIGITS}g}") for each in found]
+
+
+def halves_differ(samples: Sequence[float]) -> float:
+    """By how much the medians of a run's first and second half differ, as an effect."""
+    if len(samples) < 2 * FEWEST_IN_A_HALF:
+        return 0.0
+    middle = (len(samples) + 1) // 2
+    first, second = statistics.median(samples[:middle]), statistics.median(samples[middle:])
+    return math.exp(abs(math.log(first / second))) - 1
+
+
 def row(
-    kernel: Kernel,
+    kernel: str,
+    part: str,
     case: Case,
-    variant: Variant | None,
     mode: str,
     samples: Sequence[float],
     info: dict[str, Any],
 ) -> dict[str, Any]:
-    """One entry of `benchmarks`; variant None is the ceiling."""
-    name = info["variant"]
-    stats = Stats()
-    for sample in samples:
-        stats.update(sample)
+    """One entry of `benchmarks`.
+
+    info: `variant`, `ours`, `peer`, `is_ceiling`, and figures of its own.
+    """
+    name, stats = info["variant"], summary(samples)
     common = {
-        "kernel": kernel.name,
-        "part": kernel.part,
+        "kernel": kernel,
+        "part": part,
         "case": case.title,
         "mode": mode,
-        "ours": bool(variant and variant.ours),
-        "peer": variant.peer if variant else None,
-        "is_ceiling": variant is None,
         "shape": case.shape,
         "dtype": case.dtype_name,
         "sweep": list(case.sweep),
         "floor_bytes": case.bytes,
         "floor_flops": case.flops,
-        "median_ms": 1e3 * stats.median,
-        "p20_ms": 1e3 * timing.quantile(samples, 0.2),
-        "p80_ms": 1e3 * timing.quantile(samples, 0.8),
+        "median_ms": 1e3 * stats["median"],
+        "p20_ms": 1e3 * stats["p20"],
+        "p80_ms": 1e3 * stats["p80"],
     }
     return {
-        "group": f"{kernel.name}: {case.title} ({mode})",
-        "name": f"{kernel.name}[{case.title}-{name}-{mode}]",
-        "fullname": f"bench/{kernel.part}/{kernel.name}[{case.title}-{name}-{mode}]",
+        "group": f"{kernel}: {case.title} ({mode})",
+        "name": f"{kernel}[{case.title}-{name}-{mode}]",
+        "fullname": f"bench/{part}/{kernel}[{case.title}-{name}-{mode}]",
         "params": {"case": case.title, "variant": name, "mode": mode},
         "param": f"{case.title}-{name}-{mode}",
         "extra_info": {**common, **info},
         "options": {"timer": "perf_counter", "min_rounds": 1, "warmup": True},
-        "stats": {**stats.as_dict(), "iterations": info.get("calls", 1), "data": list(samples)},
+        "stats": {**stats, "iterations": info.get("calls", 1)},
     }
 
 

@@ -66,6 +66,27 @@ def run(
     document.write()
 
 
+def why_not(variant: Variant, case: Case, settings: Settings) -> str | None:
+    """Why a variant cannot run here; None if it can."""
+    if variant.peer is not None and (
+        reason := peers.why_missing(variant.peer, settings.device, settings.peer_path)
+    ):
+        return reason
+    return _too_large(case.memory + variant.extra_memory(case), settings)
+
+
+def _too_large(needed: int, settings: Settings) -> str | None:
+    free = settings.free_bytes
+    if free is None:
+        free = free_memory(settings.device)
+    if free is None or needed <= MEMORY_SHARE * free:
+        return None
+    return (
+        f"it needs about {needed / 1e9:.1f} GB of memory, "
+        f"and {MEMORY_SHARE:.0%} of the free {free / 1e9:.1f} GB may be used"
+    )
+
+
 class _Measurement:
     """One case of a kernel."""
 
@@ -91,7 +112,7 @@ class _Measurement:
         return made
 
     def _rows(self) -> list[dict[str, Any]]:
-        if reason := self._too_large(self._case.memory):
+        if reason := _too_large(self._case.memory, self._settings):
             self._skip("all variants", reason)
             return []
         device = self._settings.device
@@ -138,29 +159,13 @@ class _Measurement:
         return [inputs, *(_copied(inputs) for _ in range(count - 1))]
 
     def _runs(self, variant: Variant) -> bool:
-        settings = self._settings
-        if variant.peer is not None:
-            if variant.peer not in settings.peers:
-                return False
-            if reason := peers.why_missing(variant.peer, settings.device, settings.peer_path):
-                return self._skip(variant.name, reason)
+        if variant.peer is not None and variant.peer not in self._settings.peers:
+            return False
         if variant.main_only and not self._case.main:
             return False
-        needed = self._case.memory + variant.extra_memory(self._case)
-        if reason := self._too_large(needed):
+        if reason := why_not(variant, self._case, self._settings):
             return self._skip(variant.name, reason)
         return True
-
-    def _too_large(self, needed: int) -> str | None:
-        free = self._settings.free_bytes
-        if free is None:
-            free = free_memory(self._settings.device)
-        if free is None or needed <= MEMORY_SHARE * free:
-            return None
-        return (
-            f"it needs about {needed / 1e9:.1f} GB of memory, "
-            f"and {MEMORY_SHARE:.0%} of the free {free / 1e9:.1f} GB may be used"
-        )
 
     def _skip(self, variant: str, reason: str) -> bool:
         entry = {"kernel": self._kernel.name, "variant": variant, "reason": reason}
@@ -243,6 +248,9 @@ class _Measurement:
                 ratio, why_no_ratio = self._ratio(samples, taken, mode, median)
                 info: dict[str, Any] = {
                     "variant": name if variant else f"{name}: {ceiling}",
+                    "ours": bool(variant and variant.ours),
+                    "peer": variant.peer if variant else None,
+                    "is_ceiling": variant is None,
                     "calls": taken.calls if mode == "sustained" else 1,
                     "timed_by": taken.timed_by,
                     "graph": taken.graph,
@@ -256,7 +264,8 @@ class _Measurement:
                 }
                 if variant is not None and variant.metrics is not None:
                     info["metrics"] = variant.metrics(inputs, median)
-                made.append(row(self._kernel, self._case, variant, mode, times, info))
+                kernel = self._kernel
+                made.append(row(kernel.name, kernel.part, self._case, mode, times, info))
         return made
 
     def _rate(self, median: float) -> dict[str, float | None]:

@@ -2,20 +2,23 @@
 
     python -m bench.linear_logprob.peak_memory [--rows 8192] [--dim 4096] [--vocab 151936]
 
-Prints, and writes with --output, what the call takes beyond hidden, weight and their gradients, and
-the size of the logits that it does without. On a CPU this is some minutes of matmuls.
+What the call takes beyond hidden, weight and their gradients, and the size of the logits that it
+does without; --output writes it as `powerkernels bench` writes its figures. On a CPU this is some
+minutes of matmuls.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bench.harness import machine, table, whole_job
+from bench.harness.cases import Case
+from bench.linear_logprob.cases import LINEAR_SCORE_TOKENS_FWD_BWD
 from bench.memory import peak_bytes
 from powerkernels import linear_score_tokens
 
@@ -59,23 +62,29 @@ def main() -> None:
     assert weight.grad is not None
     gradients = hidden.grad.nbytes + weight.grad.nbytes
     logits = options.rows * options.vocab * dtype.itemsize
-    result = {
-        "rows": options.rows,
-        "dim": options.dim,
-        "vocab": options.vocab,
-        "dtype": options.dtype,
-        "device": options.device,
-        "torch": torch.__version__,
+    figures = {
+        "seconds": seconds,
         "peak_megabytes": peak / 1e6,
         "gradients_megabytes": gradients / 1e6,
         "beyond_gradients_megabytes": (peak - gradients) / 1e6,
         "logits_megabytes": logits / 1e6,
         "logits_over_beyond": logits / (peak - gradients),
-        "seconds": seconds,
     }
-    print(json.dumps(result, indent=2))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    case = Case(
+        f"head of {options.dim} × {options.vocab}, {options.rows} rows",
+        {"rows": options.rows, "hidden": options.dim, "vocab": options.vocab},
+        dtype,
+    )
+    kernel = LINEAR_SCORE_TOKENS_FWD_BWD
+    document = whole_job.document(
+        kernel.name,
+        kernel.part,
+        [whole_job.Run(case, "powerkernels", figures)],
+        machine.environment(torch.device(options.device)),
+        options.output,
+    )
+    print(table.text(document.data["benchmarks"]))
+    document.write()
 
 
 if __name__ == "__main__":

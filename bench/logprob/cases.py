@@ -161,6 +161,11 @@ def ours_log_prob_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]
     return scores.log_prob, scores.entropy
 
 
+def torch_log_softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    return (log_p.gather(-1, targets[:, None]).squeeze(-1),)
+
+
 def torch_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     return (-torch.nn.functional.cross_entropy(logits, targets, reduction="none"),)
 
@@ -236,6 +241,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     ("powerkernels, log_prob and entropy", ours_log_prob_entropy, NO_LOG_Z, None, 0),
     ("torch eager", torch_scores, ALL, "eager", 4),
     ("torch.compile", lazily(compiled_scores), ALL, "compile", 1),
+    ("torch log_softmax, log_prob", torch_log_softmax, LOG_PROB, "eager", 2),
     ("torch cross_entropy, log_prob", torch_cross_entropy, LOG_PROB, "eager", 2),
     ("TRL, log_prob", trl_log_prob, LOG_PROB, "trl", 1),
     ("TRL, log_prob and entropy", trl_log_prob_entropy, NO_LOG_Z, "trl", 2),
@@ -359,6 +365,7 @@ SCORE_TOKENS_FWD_BWD = Kernel(
             ours=True,
             extra_memory=lambda case: case.memory // 2,
         ),
+        Variant("powerkernels, log_prob", gradient(ours_log_prob, LOG_PROB), ours=True),
         *variants_of(
             [implementation for implementation in IMPLEMENTATIONS if implementation[3]],
             gradient,

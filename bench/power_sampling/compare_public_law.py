@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import random
 import sys
 import time
@@ -25,6 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench.harness.cases import Case
+from bench.harness.whole_job import Run
 from bench.power_sampling import compare_sampler as common
 
 VOCAB_SIZE, EOS, PROMPT = 4, 0, [1, 2]
@@ -32,6 +33,8 @@ TEMPERATURE, NUM_MCMC_STEPS, MAX_NEW_TOKENS, NUM_BLOCKS = 0.5, 4, 4, 2
 OURS_PER_PUBLIC = 8  # our draws cost next to nothing, and more of them sharpen the test
 FEWEST_IN_A_BIN = 10  # completions that are rarer in all draws together share a bin
 SIGNIFICANCE = 1e-3
+# By the name of ours in the file: what `compat` gives it. The first is the public function's own.
+LAWS = {"same_law": "reference", "power_law": None}
 
 
 def main() -> None:
@@ -45,18 +48,27 @@ def main() -> None:
     started = time.perf_counter()
     public = public_draws(p, options.draws)
     seconds = time.perf_counter() - started
-    results: dict[str, Any] = {"public": {"draws": options.draws, "seconds": seconds}}
-    for name, compat in {"the same law": "reference", "p^(1/temp)": None}.items():
+    figures: dict[str, Any] = {"seconds": seconds, "draws": options.draws}
+    for name, compat in LAWS.items():
         statistic, freedom, p_value = two_sample(public, our_draws(p, options.draws, compat))
-        results[name] = {"chi2": statistic, "degrees_of_freedom": freedom, "p_value": p_value}
+        figures[name] = {"chi2": statistic, "degrees_of_freedom": freedom, "p_value": p_value}
         print(f"{name}: χ² = {statistic:.1f} on {freedom} degrees of freedom, p = {p_value:.2g}")
-    if options.output:
-        report = {"environment": common.environment(), "settings": settings(), "results": results}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
-    same, other = (results[name]["p_value"] for name in ("the same law", "p^(1/temp)"))
+    common.write(options.output, "mcmc_power_samp", [job_run(figures)])
+    same, other = (figures[name]["p_value"] for name in LAWS)
     if not (same > SIGNIFICANCE > other):
         sys.exit("the laws are not what they should be")
+
+
+def job_run(figures: dict[str, Any]) -> Run:
+    """The file's row: the public function's draws, and ours of either law beside them."""
+    shape = {
+        "num_mcmc_steps": NUM_MCMC_STEPS,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "num_blocks": NUM_BLOCKS,
+        "our_draws_per_public_draw": OURS_PER_PUBLIC,
+    }
+    case = Case(f"random Llama, {VOCAB_SIZE} tokens, temperature {TEMPERATURE}", shape)
+    return Run(case, "public", figures, ours=False, peer="public-sampler")
 
 
 def public_sampler_object(peer: Path) -> Any:
@@ -134,17 +146,6 @@ def two_sample(
         rows.append(rare)
     result = stats.chi2_contingency(rows)
     return float(result.statistic), int(result.dof), float(result.pvalue)
-
-
-def settings() -> dict[str, Any]:
-    return {
-        "model": f"random Llama, {VOCAB_SIZE} tokens, float32",
-        "temperature": TEMPERATURE,
-        "num_mcmc_steps": NUM_MCMC_STEPS,
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "num_blocks": NUM_BLOCKS,
-        "our_draws_per_public_draw": OURS_PER_PUBLIC,
-    }
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench.harness.whole_job import Run
 from bench.power_sampling import compare_sampler as common
 
 ONE_BY_ONE, AT_ONCE, PUBLIC = "ours, one by one", "ours, all at once", "public"
@@ -57,15 +58,23 @@ def main() -> None:
         print(f"{name}: {results[name]}", flush=True)
     if options.peer:
         compare(results)
-    report = {
-        "environment": common.environment(),
-        "settings": common.settings("bfloat16")
-        | {"prompts": options.prompts, "seeds": options.seeds},
-        "results": results,
-    }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    common.write(options.output, "mcmc_power_samp", runs_of(results, options.seeds))
+
+
+def runs_of(results: dict[str, dict], seeds: list[int]) -> list[Run]:
+    """Rows of the file: times are those of each call."""
+    prompts = results[ONE_BY_ONE]["prompts"] // len(seeds)
+    case = common.job_case(f"{prompts} prompts", "bfloat16", prompts=prompts, seeds=len(seeds))
+    return [
+        Run(
+            case,
+            name,
+            figures,
+            ours=name != PUBLIC,
+            peer="public-sampler" if name == PUBLIC else None,
+        )
+        for name, figures in results.items()
+    ]
 
 
 def run(options: argparse.Namespace) -> dict:

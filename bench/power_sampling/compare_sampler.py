@@ -9,7 +9,7 @@ is, batch 1, on the first prompts. Every run is a process of its own, so that ea
 of memory. 16 chat prompts, 160 tokens, 4 blocks, 6 transitions per block, bfloat16. Last, one
 prompt alone: on a single lane, and on lanes that make its next transitions ahead (latency mode).
 CHECKOUT is another revision of this project, its compiled part in place: the first of the runs is
-made with it too.
+made with it too. --output is a file as `powerkernels bench` writes them.
 """
 
 from __future__ import annotations
@@ -20,18 +20,22 @@ import importlib.machinery
 import io
 import json
 import os
-import platform
 import random
 import resource
 import subprocess
 import sys
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bench.harness.cases import Case
+    from bench.harness.whole_job import Run
     from powerkernels import PowerSampler
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PROMPTS = [
     "What is the capital of France, and what is it known for?",
@@ -51,6 +55,7 @@ PROMPTS = [
     "Suggest a name for a boat and explain your choice.",
     "What does HTTP stand for, and what is it used for?",
 ]
+MODEL = "SmolLM2-135M-Instruct"
 MAX_NEW_TOKENS, NUM_BLOCKS, NUM_MCMC_STEPS, ALPHA = 160, 4, 6, 4.0
 NUM_LANES = 16
 SWITCHES = {
@@ -62,6 +67,7 @@ SWITCHES = {
 # One chain on so many lanes; more than one prefetch.
 LATENCY = {"one prompt, 1 lane": 1, "one prompt, 4 lanes": 4, "one prompt, 8 lanes": 8}
 LATENCY_PROMPTS = (4, 9)  # one after the other
+PEER = "peer"
 
 
 def main() -> None:
@@ -79,7 +85,7 @@ def main() -> None:
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        if options.only == "peer":
+        if options.only == PEER:
             result = peer(options)
         elif options.only in LATENCY:
             result = one_by_one(LATENCY[options.only], options.dtype)
@@ -95,15 +101,56 @@ def main() -> None:
             names[0], options, PYTHONPATH=str(options.revision)
         )
     if options.peer:
-        results["peer"] = run("peer", options)
-    report = {
-        "environment": environment(),
-        "settings": settings(options.dtype),
-        "results": results,
+        results[PEER] = run(PEER, options)
+    # Only now: a run of another revision must not find this one's modules.
+    sys.path.insert(0, str(ROOT))
+    write(options.output, "power_sampler", job_runs(results, options.dtype))
+
+
+def job_runs(results: dict[str, dict], dtype: str) -> list[Run]:
+    """Rows of the file, by the number of prompts that they had, and how."""
+    from bench.harness.whole_job import Run
+
+    made = []
+    for name, figures in results.items():
+        prompts = figures["prompts"]
+        if name in LATENCY or name == PEER:
+            case = job_case(f"{prompts} prompts, one after the other", dtype, prompts=prompts)
+        else:
+            case = job_case(f"{prompts} prompts", dtype, prompts=prompts, num_lanes=NUM_LANES)
+        peer = "public-sampler" if name == PEER else None
+        made.append(Run(case, name, figures, ours=peer is None, peer=peer))
+    return made
+
+
+def job_case(label: str, dtype: str, **sizes: int) -> Case:
+    """A size of the job: what is as ever, and what is not."""
+    import torch
+
+    from bench.harness.cases import Case
+
+    shape = {
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "num_blocks": NUM_BLOCKS,
+        "num_mcmc_steps": NUM_MCMC_STEPS,
+        **sizes,
     }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    return Case(f"{MODEL}, α = {ALPHA:g}, {label}", shape, getattr(torch, dtype))
+
+
+def write(path: Path | None, kernel: str, runs: Sequence[Run], **environment: Any) -> None:
+    """Prints a table, and writes the file if there is a path."""
+    import torch
+
+    from bench.harness import machine, table, whole_job
+
+    here = machine.environment(torch.device("cpu"))
+    here["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    found = whole_job.document(kernel, "power_sampling", runs, here | environment, path)
+    print(table.text(found.data["benchmarks"]))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.write()
 
 
 def run(name: str, options: argparse.Namespace, **environment: str) -> dict:
@@ -275,34 +322,6 @@ def prompt_ids(tokenizer: object, text: str) -> list[int]:
         return_dict=True,
     )["input_ids"]
     return [token for token in ids if token != tokenizer.eos_token_id]
-
-
-def settings(dtype: str) -> dict:
-    return {
-        "model": f"SmolLM2-135M-Instruct {dtype}",
-        "alpha": ALPHA,
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "num_blocks": NUM_BLOCKS,
-        "num_mcmc_steps": NUM_MCMC_STEPS,
-        "num_lanes": NUM_LANES,
-    }
-
-
-def environment() -> dict:
-    import torch
-    import transformers
-
-    import powerkernels
-
-    return {
-        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "powerkernels": powerkernels.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "commit": commit_of(Path(__file__).parent),
-    }
 
 
 if __name__ == "__main__":

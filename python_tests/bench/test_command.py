@@ -12,10 +12,12 @@ import pytest
 pytest.importorskip("matplotlib")  # of the plots
 
 from bench import suite
-from bench.harness import plots, report, results, runner
+from bench.harness import plots, readme, report, results, runner
 from bench.harness.cases import SIZES
 from powerkernels import cli
 
+# Of a file under bench/results: a row is a line of two kilobytes, and a run has some hundreds.
+MOST_BYTES, MOST_LINES = 1_000_000, 2_000
 QUICK = ["--quick", "--peers", "eager", "--threads", "1"]
 
 
@@ -60,10 +62,11 @@ def test_quick_run_resume_compare_plot(capsys: pytest.CaptureFixture[str], tmp_p
     assert "no regression" in capsys.readouterr().out
     folder = tmp_path / "plots"
     assert cli.main(["bench", "plot", out, "--out", str(folder)]) == 0
-    assert {path.name for path in folder.iterdir()} == {
-        "a-sample_tokens.png",
-        "a-sample_tokens.svg",
-    }
+    (picture,) = folder.iterdir()
+    assert picture.name == "a-sample_tokens.svg"
+    before = picture.read_bytes()
+    assert cli.main(["bench", "plot", out, "--out", str(folder)]) == 0
+    assert picture.read_bytes() == before, "a plot of the same file has other bytes"
 
     page = report.section(Path(out))
     assert data["suite"]["command"] in page
@@ -89,11 +92,11 @@ def test_the_status_of_a_regression(capsys: pytest.CaptureFixture[str], tmp_path
     for entry in data["benchmarks"]:
         # Many samples close to one another.
         times = [entry["stats"]["median"] * (1 + 0.001 * n) for n in range(30)]
-        entry["stats"]["data"] = times
+        entry["stats"] = results.summary(times)
     path.write_text(json.dumps(data))
     for entry in data["benchmarks"]:
         if entry["extra_info"]["ours"]:
-            entry["stats"]["data"] = [2 * time for time in entry["stats"]["data"]]
+            entry["stats"] = results.summary([2 * time for time in entry["stats"]["quantiles"]])
     slower.write_text(json.dumps(data))
     assert cli.main(["bench", "compare", str(path), str(slower)]) == 1
     assert cli.main(["bench", "compare", str(slower), str(path)]) == 0
@@ -143,13 +146,47 @@ def test_results_page_is_what_the_json_gives() -> None:
     assert report.TARGET.read_text() == report.markdown(), "run: powerkernels bench report"
 
 
+def test_readme_tables_are_what_the_json_gives() -> None:
+    text = readme.TARGET.read_text()
+    assert set(readme.BLOCKS) == {found["name"] for found in readme.BLOCK.finditer(text)}
+    assert text == readme.rewritten(text), "run: powerkernels bench report"
+
+
+def test_a_changed_figure_is_put_right() -> None:
+    text = readme.TARGET.read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| powerkernels, in place |"))
+    changed = text.replace(row, row.replace(" ms", "0 ms"))
+    assert changed != text
+    assert readme.rewritten(changed) == text
+
+
+def test_blocks_of_no_name_or_no_end() -> None:
+    with pytest.raises(ValueError, match=r"no block 'speed' in `bench report`; known: files,"):
+        readme.rewritten("<!-- bench: speed -->\n<!-- /bench -->\n")
+    for text in ("<!-- bench: losses -->\n", "<!-- bench: losses -->\n" * 2 + "<!-- /bench -->\n"):
+        with pytest.raises(ValueError, match="does not end"):
+            readme.rewritten(text)
+
+
 def test_results_of_no_known_bench(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"seconds": 3}')
     with pytest.raises(ValueError, match=r"a\.json is the result of no known bench"):
         report.markdown(tmp_path)
-    (tmp_path / "a.json").write_text('{"results": {}, "environment": {}, "settings": {}}')
-    with pytest.raises(ValueError, match=r"a\.json has no command"):
-        report.markdown(tmp_path)
+
+
+def test_result_files_are_small() -> None:
+    for path in sorted(plots.RESULTS.iterdir()):
+        assert path.suffix == ".json", f"{path} is no result"
+        assert path.stat().st_size <= MOST_BYTES, path
+        assert len(path.read_text().splitlines()) <= MOST_LINES, path
+
+
+def test_plots_are_of_the_results_and_of_one_format() -> None:
+    for path in sorted(plots.FOLDER.iterdir()):
+        assert path.suffix == ".svg", path
+        name, _, kernel = path.stem.rpartition("-")
+        rows = results.rows_of(results.load(plots.RESULTS / f"{name}.json"))
+        assert kernel in {row.kernel for row in rows}, f"{path} is of no row"
 
 
 def test_no_plots_without_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

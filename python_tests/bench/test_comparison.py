@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pytest_benchmark.stats import Stats
 
 from bench.harness import comparison, results
 from bench.harness.cases import Variant
@@ -17,7 +16,7 @@ from python_tests.bench import toy
 
 # A lognormal with a tail: as times on a machine that others use too.
 SPREAD, TAIL_SHARE, TAIL = 0.08, 0.05, 3.0
-SAMPLES = 20
+SAMPLES = 40  # the most that a run takes
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +49,7 @@ def made(
                 factor *= np.exp(load * generator.standard_normal())
             times = 1e-3 * factor * np.exp(SPREAD * generator.standard_normal(samples))
             times *= np.where(generator.random(samples) < TAIL_SHARE, TAIL, 1.0)
-            stats = Stats()
-            for time in times.tolist():
-                stats.update(time)
-            entry["stats"] = {**stats.as_dict(), "data": times.tolist()}
+            entry["stats"] = results.summary(times.tolist())
             data["benchmarks"].append(entry)
     return data
 
@@ -99,6 +95,22 @@ def test_load_that_lasts_for_a_run_is_noise(measured: dict[str, Any], seed: int)
     slower = made(measured, generator, num_rows=20, load=0.1, slower=3.0)
     regressions = comparison.compare(before, slower).regressions
     assert {change.key[1] for change in regressions} == {"case 0"}
+
+
+def test_the_rank_test_of_quantiles_holds_its_level() -> None:
+    """It finds no more than its level where nothing changed, and a change that is one."""
+    generator = np.random.default_rng(11)
+
+    def p_value(effect: float) -> float:
+        pair = np.exp(SPREAD * generator.standard_normal((2, SAMPLES))) * [[1.0], [effect]]
+        return comparison._p_value(*(np.asarray(results.quantiles(list(each))) for each in pair))
+
+    level = 0.05
+    null = [p_value(1.0) for _ in range(2000)]
+    # Three standard deviations above the level.
+    assert np.mean(np.array(null) < level) < level + 3 * (level * (1 - level) / len(null)) ** 0.5
+    # Two standard deviations of the samples apart, in a table of 300 rows.
+    assert np.mean([p_value(np.exp(2 * SPREAD)) < 0.05 / 300 for _ in range(200)]) > 0.9
 
 
 def test_few_samples_say_so(measured: dict[str, Any]) -> None:

@@ -34,7 +34,8 @@ def test_a_row_carries_what_it_needs(tmp_path: Path) -> None:
     ours = found["toy", f"{toy.SIZE} numbers, float32", "powerkernels", "cold"]
     assert ours.info["shape"] == {"n": toy.SIZE}
     assert ours.info["p20_ms"] <= ours.info["median_ms"] <= ours.info["p80_ms"]
-    assert len(ours.samples) == ours.stats["rounds"] >= runner.MIN_ROUNDS["quick"]
+    assert ours.stats["rounds"] >= runner.MIN_ROUNDS["quick"]
+    assert len(ours.quantiles) == min(ours.stats["rounds"], results.QUANTILES)
     assert ours.info["gigabytes_per_second"] == pytest.approx(8 * toy.SIZE / ours.median / 1e9)
     ceiling = next(row for row in found.values() if row.info["is_ceiling"] and row.mode == "cold")
     assert ours.info["ratio_to_ceiling"] == pytest.approx(ceiling.median / ours.median)
@@ -121,7 +122,7 @@ def test_files_that_are_not_ours(tmp_path: Path) -> None:
     document = toy.measure(toy.kernel([toy.OURS]))
     document.suite["schema"] = 99
     path.write_text(json.dumps(document.data))
-    with pytest.raises(ValueError, match="schema 99, and this version reads schema 1"):
+    with pytest.raises(ValueError, match="schema 99, and this version reads schema 2"):
         results.load(path)
     path.write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
@@ -131,6 +132,24 @@ def test_files_that_are_not_ours(tmp_path: Path) -> None:
         results.load(path)
     with pytest.raises(ValueError, match="No such file"):
         results.load(tmp_path / "missing.json")
+
+
+def test_a_file_of_the_schema_before_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    document = toy.measure(toy.kernel([toy.OURS]))
+    document.suite["schema"] = results.SCHEMA - 1
+    path.write_text(json.dumps(document.data))
+    with pytest.raises(ValueError, match="measure again, or use the version that wrote it"):
+        results.load(path)
+
+
+def test_a_row_is_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    document = toy.measure(toy.kernel([toy.OURS]), path)
+    lines = path.read_text().splitlines()
+    for entry in document.data["benchmarks"]:
+        assert sum(line.rstrip(",") == json.dumps(entry) for line in lines) == 1
+    assert json.loads(path.read_text()) == document.data
 
 
 def test_pytest_benchmark_reads_our_files(tmp_path: Path) -> None:
@@ -145,6 +164,30 @@ def test_pytest_benchmark_reads_our_files(tmp_path: Path) -> None:
         f"toy: {toy.SIZE} numbers, float32 ({mode})" for mode in ("cold", "sustained")
     }
     assert all(run["median"] > 0 for run in found)
+
+
+# ---- what stands for the samples
+
+
+def test_quantiles_of_few_samples_are_the_samples() -> None:
+    samples = [float(n) for n in range(results.QUANTILES, 0, -1)]
+    assert results.quantiles(samples) == sorted(samples)
+    assert results.quantiles(samples[:3]) == sorted(samples[:3])
+
+
+def test_quantiles_of_many_samples() -> None:
+    """Each is in the middle of its share, and they have the samples' median."""
+    samples = [float(n) for n in range(40 * results.QUANTILES)]
+    found = results.quantiles(samples[::-1])
+    assert found == [19.5 + 40 * n for n in range(results.QUANTILES)]
+    assert results.summary(samples)["median"] == pytest.approx(sum(found) / len(found))
+
+
+def test_the_halves_of_a_run() -> None:
+    assert results.halves_differ([1.0] * 10) == 0
+    assert results.halves_differ([1.0] * 10 + [1.25] * 9) == pytest.approx(0.25)
+    assert results.halves_differ([1.25] * 10 + [1.0] * 9) == pytest.approx(0.25)
+    assert results.halves_differ([1.0] * 4 + [9.0] * 5) == 0  # too few to tell
 
 
 # ---- accuracy

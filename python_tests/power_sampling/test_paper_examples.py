@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-TOYS = Path(__file__).parents[2] / "docs" / "toys.py"
+TOYS = Path(__file__).parents[2] / "examples" / "toys.py"
 
 NUM_CHAINS = 20_000
 # Proposals from p with p^4 as target: sup p^3 / Z is 3.8, so 60 steps are within (1 - 1/3.8)^60 =

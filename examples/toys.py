@@ -1,6 +1,6 @@
 """Two small worlds in which sampling from p^alpha can be checked by hand, and a picture of them.
 
-    python docs/toys.py            writes docs/power_vs_low_temperature.png
+    python examples/toys.py        writes docs/power_vs_low_temperature.png
 
 (a) Two tokens: sampling every token at a low temperature is not sampling from p^alpha, and can
 prefer the other answer.
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+PICTURE = Path(__file__).parents[1] / "docs" / "power_vs_low_temperature.png"
 Floats = NDArray[np.float64]
 
 # ---- (a) two tokens
@@ -163,9 +164,7 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the two toys.")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).with_name("power_vs_low_temperature.png")
-    )
+    parser.add_argument("--output", type=Path, default=PICTURE)
     draw(parser.parse_args().output)
 
 
