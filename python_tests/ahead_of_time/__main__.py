@@ -33,9 +33,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", type=int, choices=ARCHES, action="append")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     parser.add_argument("--from", dest="module", default=SPECIMENS, help="default: %(default)s")
-    parser.add_argument(
-        "--fresh", action="store_true", help="compile all, whatever was before"
-    )
+    parser.add_argument("--fresh", action="store_true", help="compile all, whatever was before")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     return parser.parse_args(arguments)
 

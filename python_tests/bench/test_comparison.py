@@ -12,6 +12,7 @@ import torch
 
 from bench.harness import comparison, results
 from bench.harness.cases import Variant
+from python_tests import tiers
 from python_tests.bench import toy
 
 # A lognormal with a tail: as times on a machine that others use too.
@@ -58,7 +59,7 @@ def verdicts(found: comparison.Comparison) -> dict[tuple[str, ...], str]:
     return {change.key: change.verdict for change in found.changes}
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", tiers.every(5, range(5)))
 def test_noise_is_not_reported(measured: dict[str, Any], seed: int) -> None:
     """Two runs of 60 cases each in both modes."""
     generator = np.random.default_rng(seed)
@@ -68,7 +69,7 @@ def test_noise_is_not_reported(measured: dict[str, Any], seed: int) -> None:
     assert not found.regressions
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", tiers.every(5, range(5)))
 def test_one_slower_kernel_among_many_is_found(measured: dict[str, Any], seed: int) -> None:
     generator = np.random.default_rng(100 + seed)
     before = made(measured, generator, num_rows=60)
@@ -86,7 +87,7 @@ def test_a_slower_machine_is_not_a_regression(measured: dict[str, Any]) -> None:
     assert not found.regressions
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", tiers.every(5, range(5)))
 def test_load_that_lasts_for_a_run_is_noise(measured: dict[str, Any], seed: int) -> None:
     """Each row of a run has a load of its own, 10% of its time, in all of its samples."""
     generator = np.random.default_rng(200 + seed)
@@ -121,6 +122,7 @@ def test_few_samples_say_so(measured: dict[str, Any]) -> None:
     assert set(verdicts(found).values()) == {"too few samples"}
 
 
+@pytest.mark.slow
 def test_a_real_slowed_kernel_and_two_real_runs(restore_threads: None) -> None:
     """The same op, timed twice, and then one that does its work ten times.
 

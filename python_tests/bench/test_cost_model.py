@@ -119,6 +119,7 @@ def selection_bytes(rank: int, ranks: int) -> list[dict[str, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_bytes_of_a_selection_of_two_processes(tmp_path: Path) -> None:
     expected = cost_model.selection_collectives(2)._asdict()
     for counted in run(selection_bytes, 2, tmp_path):

@@ -12,6 +12,7 @@ from torch import Tensor
 from bench.harness import accuracy, peers, results, runner, timing
 from bench.harness.broken_context import BrokenContextError
 from bench.harness.cases import Call, Variant
+from python_tests import tiers
 from python_tests.bench import toy
 
 
@@ -108,7 +109,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path: Path) -> Non
     assert data["benchmarks"][: len(kept["benchmarks"])] == kept["benchmarks"]
 
 
-@pytest.mark.parametrize("name", ["commit", "threads", "device"])
+@pytest.mark.parametrize("name", tiers.every(3, ["commit", "threads", "device"]))
 def test_a_file_of_another_run_does_not_go_on(tmp_path: Path, name: str) -> None:
     path = tmp_path / "run.json"
     document = toy.measure(toy.kernel([toy.OURS]), path)

@@ -34,9 +34,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", type=int, choices=ARCHES, default=90)
     parser.add_argument("--brief", action="store_true", help="what reaches every kernel")
     parser.add_argument("--full", action="store_true", help="the long list too")
-    parser.add_argument(
-        "--fresh", action="store_true", help="compile all, whatever was before"
-    )
+    parser.add_argument("--fresh", action="store_true", help="compile all, whatever was before")
     parser.add_argument("--json", type=Path, help="where to write the report")
     parser.add_argument("--from", dest="module", default=CALLS, help="default: %(default)s")
     return parser.parse_args(arguments)

@@ -330,7 +330,7 @@ def counters_for(num_rows: int) -> Tensor:
     return torch.stack((torch.zeros_like(index), index, index % 7, index + 11), dim=-1)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.5, 4.0, 7.3])
+@pytest.mark.parametrize("alpha", tiers.every(2, [0.0, 1.0, 2.5, 4.0, 7.3]))
 @pytest.mark.parametrize("vocab", [5, 1500])
 def test_draws_the_tokens_of_the_reference(kernel_device, vocab, alpha, generator):
     """Equal uniforms, equal masses up to rounding: they differ only within rounding of a bound.

@@ -173,7 +173,7 @@ def test_the_support_of_a_real_vocabulary(backend, dtype, alpha, generator):
 @pytest.mark.parametrize(
     ("dtype", "alpha"),
     tiers.every(
-        3,
+        5,
         [
             (torch.float32, 2.5),
             *((torch.float32, alpha) for alpha in (0.0, 1.0)),

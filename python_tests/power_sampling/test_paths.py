@@ -66,6 +66,7 @@ def assert_same_chain(a: PowerSample, b: PowerSample) -> None:
 
 @pytest.mark.parametrize("proposal_temperature", [None, 0.7, 1.0])
 @pytest.mark.parametrize("shared_prefix_skip", [False, True])
+@pytest.mark.each_value
 def test_early_rejection_leaves_the_chain_as_it_is(
     llama: object, shared_prefix_skip: bool, proposal_temperature: float | None
 ) -> None:
@@ -83,6 +84,7 @@ def test_early_rejection_leaves_the_chain_as_it_is(
     ("num_lanes", "prompts", "num_samples"),
     [(8, PROMPTS[2:3], 1), (5, PROMPTS, 2), (3, PROMPTS, 1)],
 )
+@pytest.mark.each_value
 def test_prefetching_leaves_the_chain_as_it_is(
     llama: object,
     num_lanes: int,

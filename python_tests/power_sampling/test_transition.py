@@ -515,8 +515,8 @@ def small_blocks(kernels: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "MOVE_BLOCK", 2)
 
 
-# Each case is followed by the compiled transition too, in test_compiled_long_histories.
-KERNEL_CASES = ("plain", "s > alpha", "public", "many lanes")
+# In the fast tier; all are followed by the compiled transition in test_compiled_long_histories.
+KERNEL_CASES = ("s > alpha", "public", "many lanes")
 
 
 @pytest.mark.parametrize(

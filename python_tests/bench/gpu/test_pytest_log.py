@@ -12,6 +12,7 @@ import pytest
 
 from bench.gpu.pytest_log import outcomes, passed
 from bench.harness.machine import ROOT
+from python_tests import tiers
 
 TESTS = """
 import os, pytest
@@ -48,6 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("options", [(), ("-n", "2", "--dist", "load")], ids=["one", "xdist"])
+@pytest.mark.slow
 def test_outcomes_and_what_is_left_out_next_time(folder: Path, options: tuple[str, ...]) -> None:
     first = run(folder, *options)
     assert "3 passed" in first.stdout, first.stdout + first.stderr
@@ -76,6 +78,7 @@ def test_outcomes_and_what_is_left_out_next_time(folder: Path, options: tuple[st
 
 
 @pytest.mark.parametrize("processes", ["1", "3"])
+@pytest.mark.slow
 def test_a_process_that_dies_fails_its_own_test_alone(folder: Path, processes: str) -> None:
     """And the test is not begun again, though what was to follow it is."""
     (folder / "test_some.py").write_text(
@@ -102,6 +105,7 @@ def test_a_process_that_dies_fails_its_own_test_alone(folder: Path, processes: s
     assert sorted((folder / "begun").read_text().split()) == ["0", "1", "1", "2"]
 
 
+@pytest.mark.slow
 def test_a_process_that_replaces_another_finds_the_same_tests(folder: Path) -> None:
     """Though some have passed meanwhile."""
     (folder / "test_some.py").write_text(
@@ -116,7 +120,9 @@ def test_a_process_that_replaces_another_finds_the_same_tests(folder: Path) -> N
     assert "1 failed, 39 passed" in result.stdout
 
 
-@pytest.mark.parametrize("options", [(), ("-n", "2", "--dist", "load")], ids=["one", "xdist"])
+@pytest.mark.parametrize(
+    "options", tiers.every(2, [(), ("-n", "2", "--dist", "load")]), ids=["one", "xdist"]
+)
 def test_nothing_left_is_no_failure(folder: Path, options: tuple[str, ...]) -> None:
     (folder / "test_some.py").write_text("def test_good(): pass\n")
     assert [run(folder, *options).returncode for _ in range(2)] == [0, 0]
@@ -125,6 +131,7 @@ def test_nothing_left_is_no_failure(folder: Path, options: tuple[str, ...]) -> N
     assert run(folder, *options).returncode == pytest.ExitCode.NO_TESTS_COLLECTED
 
 
+@pytest.mark.slow
 def test_tests_of_a_group_take_turns(folder: Path) -> None:
     (folder / "test_some.py").write_text(
         "import pathlib, pytest, time\n"

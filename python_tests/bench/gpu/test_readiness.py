@@ -13,6 +13,7 @@ import torch
 
 from bench.gpu import readiness
 from bench.harness.machine import ROOT
+from python_tests import tiers
 
 # ---- the device
 
@@ -61,7 +62,7 @@ def test_a_device_that_no_longer_answers(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("target", ["correctness", "loop", "figures", "depth"])
+@pytest.mark.parametrize("target", tiers.every(4, ["correctness", "loop", "figures", "depth"]))
 def test_the_targets_say_so_in_a_line(target: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.gpu", target, "--out", str(tmp_path / "out")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -22,6 +22,7 @@ from bench.gpu.record import KEY, Record, load, problems
 from bench.gpu.session import Session, Step, Stopped
 from bench.harness import machine
 from bench.harness.machine import ROOT, digest
+from python_tests import tiers
 
 ENVIRONMENT = {
     "device": "NVIDIA H100 80GB HBM3",
@@ -231,7 +232,7 @@ def test_a_device_that_is_gone_ends_the_run(make: Callable[..., Session], tmp_pa
     assert str(tmp_path / "gpu-loop.json") in line
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", tiers.every(2, [signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_keeps_what_is_done(tmp_path: Path, number: signal.Signals) -> None:
     """A process of its own, as the command line has it."""
     program = f"""

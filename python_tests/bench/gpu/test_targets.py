@@ -169,6 +169,7 @@ def test_one_that_fails_does_not_stop_the_others(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_the_rest_goes_on_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_calls, "context_is_broken", lambda: True)
     names = ["sequence_log_likelihood", "token_covariance", "entropy_bonus"]

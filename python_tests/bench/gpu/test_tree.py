@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import tree
+from python_tests import tiers
 
 ROOT = tree.ROOT
 
@@ -50,21 +51,24 @@ def said(root: Path) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "csrc/cuda/graph_loop.cu",
-        "csrc/include/powerkernels/graph_loop.h",
-        "csrc/build.py",
-        "powerkernels/__init__.py",
-        "powerkernels/logprob/__init__.py",
-        "powerkernels/logprob/kernels.py",
-        "python_tests/conftest.py",
-        "bench/harness/machine.py",
-        "bench/suite.py",
-        "bench/gpu/session.py",
-        "bench/gpu/readiness.py",
-        "CMakeLists.txt",
-        "pyproject.toml",
-    ],
+    tiers.every(
+        4,
+        [
+            "csrc/cuda/graph_loop.cu",
+            "csrc/include/powerkernels/graph_loop.h",
+            "csrc/build.py",
+            "powerkernels/__init__.py",
+            "powerkernels/logprob/__init__.py",
+            "powerkernels/logprob/kernels.py",
+            "python_tests/conftest.py",
+            "bench/harness/machine.py",
+            "bench/suite.py",
+            "bench/gpu/session.py",
+            "bench/gpu/readiness.py",
+            "CMakeLists.txt",
+            "pyproject.toml",
+        ],
+    ),
 )
 def test_a_file_that_was_not_copied(whole: Path, name: str) -> None:
     kept = (whole / name).read_bytes()
