@@ -1,13 +1,14 @@
 """The faults: slips of one token or one line, each in a place of its own.
 
 `old` is there exactly once, so that a fault that no longer fits its file is an error and not a
-fault that nobody tries. What is tested is named by whole files, or by tests that are to stay in
-the fast tier; a fault must be seen by the backend whose code it is in.
+fault that nobody tries. Its tests are those of the code that it is in, in all their cases that are
+not slow.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 
 @dataclass(frozen=True)
@@ -40,33 +41,87 @@ LOGPROB = "powerkernels/logprob"
 COVARIANCE = "powerkernels/covariance"
 LOSS = "powerkernels/policy_loss"
 LINEAR = "powerkernels/linear_logprob"
+SHARDING = "powerkernels/integrations/sharding.py"
 CPU = "csrc/cpu"
-LAW = ("python_tests/power_sampling/test_law.py::test_chain_has_its_exact_law_at_every_length",)
-PATHS = "python_tests/power_sampling/test_paths.py"
-PURE_PATHS = (f"{PATHS}::test_lanes_make_the_chain_of_the_pure_functions",)
-PREFETCHED_PATHS = (f"{PATHS}::test_prefetching_leaves_the_chain_as_it_is",)
-TRANSITION = "python_tests/power_sampling/test_transition.py"
-COMPILED_TRANSITION = (f"{TRANSITION}::test_compiled",)
-KERNEL_TRANSITION = (f"{TRANSITION}::test_kernels",)
-LOOP = ("python_tests/power_sampling/test_graph_loop.py",)
-SCORES = ("python_tests/logprob/test_score_tokens.py",)
-SCORE_KERNELS = ("python_tests/logprob/test_kernels.py",)
-DRAWS = ("python_tests/logprob/test_sample_tokens.py",)
-SUPPORT = "python_tests/logprob/test_support.py"
-SELECTION = ("python_tests/covariance/test_selection.py",)
-MOMENTS = ("python_tests/covariance/test_token_covariance.py",)
-ACCUMULATOR = ("python_tests/covariance/test_accumulator.py",)
-COVARIANCE_KERNELS = ("python_tests/covariance/test_kernels.py",)
-LOSSES = ("python_tests/policy_loss/test_policy_loss.py",)
-LOSS_KERNELS = ("python_tests/policy_loss/test_kernels.py",)
-ATTENTION = ("python_tests/decode_attention/test_decode_attention.py",)
-ATTENTION_KERNELS = ("python_tests/decode_attention/test_kernels.py",)
-MOVES = ("python_tests/lane_moves/test_move_positions.py",)
-LINEARS = ("python_tests/linear_logprob/test_linear_score_tokens.py",)
-LINEAR_KERNELS = ("python_tests/linear_logprob/test_kernels.py",)
-PHILOX = ("python_tests/philox/test_philox.py",)
-PACKED = ("python_tests/power_sampling/test_packed_linear.py",)
-JOBS = ("python_tests/integrations/test_sharding.py",)
+
+
+def tests_of(folder: str, file: str, *names: str) -> tuple[str, ...]:
+    """All of a file, or some of its tests."""
+    path = str(PurePosixPath("python_tests", folder, f"{file}.py"))
+    return tuple(f"{path}::{name}" for name in names) or (path,)
+
+
+LAW = tests_of("power_sampling", "test_law", "test_chain_has_its_exact_law_at_every_length")
+PURE_PATHS = tests_of(
+    "power_sampling", "test_paths", "test_lanes_make_the_chain_of_the_pure_functions"
+)
+PREFETCHED_PATHS = tests_of(
+    "power_sampling", "test_paths", "test_prefetching_leaves_the_chain_as_it_is"
+)
+COMPILED_TRANSITION = tests_of("power_sampling", "test_transition", "test_compiled")
+KERNEL_TRANSITION = tests_of("power_sampling", "test_transition", "test_kernels")
+LOOP = tests_of("power_sampling", "test_graph_loop")
+PACKED = tests_of("power_sampling", "test_packed_linear", "test_against_float64")
+PHILOX = tests_of("philox", "test_philox")
+MOVES = tests_of("lane_moves", "test_move_positions", "test_random_moves", "test_long_moves")
+MOVE_KERNEL = tests_of(
+    "lane_moves",
+    "test_move_positions",
+    "test_random_moves_in_the_kernel",
+    "test_long_moves_in_the_kernel",
+)
+ATTENTION = tests_of("decode_attention", "test_decode_attention", "test_against_float64")
+ATTENTION_KERNELS = tests_of("decode_attention", "test_kernels", "test_against_float64")
+SCORES = tests_of("logprob", "test_score_tokens", "test_scores_are_the_truth")
+SCORE_GRADIENTS = tests_of(
+    "logprob", "test_score_tokens", "test_gradients_are_the_truth", "test_gradient_of_each_score"
+)
+SOFTCAP_GRADIENTS = tests_of("logprob", "test_score_tokens", "test_gradient_under_a_softcap")
+SCORE_KERNELS = tests_of("logprob", "test_kernels", "test_small_vocabularies")
+DRAWS = tests_of(
+    "logprob",
+    "test_sample_tokens",
+    "test_law_across_slices",
+    "test_every_backend_draws_the_tokens_of_the_reference",
+)
+INVERSE_CDF = tests_of(
+    "logprob", "test_sample_tokens", "test_inverse_cdf_never_returns_what_has_no_mass"
+)
+DRAW_KERNELS = tests_of("logprob", "test_kernels", "test_draws_the_tokens_of_the_reference")
+SUPPORT = tests_of("logprob", "test_support", "test_the_support")
+SUPPORT_KERNELS = tests_of("logprob", "test_support", "test_the_support_by_the_kernels")
+LIKELIHOOD = tests_of("logprob", "test_sequence_log_likelihood")
+SPLIT_VOCABULARY = tests_of(
+    "logprob", "test_vocab_parallel", "test_a_split_vocabulary_is_the_whole"
+)
+LINEARS = tests_of("linear_logprob", "test_linear_score_tokens")
+LINEAR_KERNELS = tests_of("linear_logprob", "test_kernels", "test_fused_scores_are_the_truth")
+MOMENTS = tests_of("covariance", "test_token_covariance", "test_covariance_is_its_definition")
+TOP = tests_of("covariance", "test_selection", "test_top_is_that_of_a_sort")
+EXCLUDED = tests_of("covariance", "test_selection", "test_excluded_tokens_count_and_are_not_taken")
+BAND = tests_of("covariance", "test_selection", "test_band_has_the_largest_numbers")
+BAND_BOUNDS = tests_of("covariance", "test_selection", "test_bounds_are_exclusive")
+PADDING = tests_of("covariance", "test_selection", "test_padding_changes_nothing")
+ACCUMULATOR = tests_of(
+    "covariance",
+    "test_accumulator",
+    "test_micro_batches_are_as_the_truth",
+    "test_one_token_of_8192_is_one_in_eight_micro_batches_too",
+)
+TOP_KERNELS = tests_of("covariance", "test_kernels", "test_top")
+BAND_BOUNDS_KERNELS = tests_of("covariance", "test_kernels", "test_bounds_are_exclusive")
+LAYOUT_KERNELS = tests_of("covariance", "test_kernels", "test_layouts")
+RANKS = tests_of("covariance", "test_ranks")
+LOSSES = tests_of("policy_loss", "test_policy_loss", "test_loss_is_that_of_the_textbook")
+LOSS_MODES = tests_of("policy_loss", "test_policy_loss", "test_modes")
+LOSS_KERNELS = tests_of("policy_loss", "test_kernels", "test_loss")
+PACKED_LOSS_KERNELS = tests_of("policy_loss", "test_kernels", "test_packed_is_as_padded")
+LAUNCHES = tests_of("launch_path", "test_launch_path", "test_calls_by_architecture")
+JOBS = tests_of("integrations", "test_sharding", "test_ranks_draw_what_one_call_draws")
+JOB_PROGRESS = tests_of("integrations", "test_sharding", "test_progress_of_a_resumed_job")
+JOB_FILES = tests_of("integrations", "test_sharding", "test_a_write_that_fails_leaves_nothing")
+RECORDS = tests_of(".", "test_cli", "test_plain_records_say_null_and_not_nan")
+LINES = tests_of(".", "test_cli", "test_json_lines")
 
 SAMPLING_FAULTS = (
     Fault(
@@ -274,7 +329,7 @@ SAMPLING_FAULTS = (
         f"{CPU}/covariance.cpp",
         "kernels_.philox(position_, number_low_, number_high_,",
         "kernels_.philox(number_low_, position_, number_high_,",
-        SELECTION,
+        BAND,
     ),
     Fault(
         "packed-linear-depth",
@@ -301,7 +356,7 @@ SAMPLING_FAULTS = (
         "powerkernels/lane_moves/kernels.py",
         "(tl.maximum(counts, 0).to(tl.int32) + run - 1) // run",
         "tl.maximum(counts, 0).to(tl.int32) // run",
-        MOVES,
+        MOVE_KERNEL,
     ),
     Fault(
         "moved-over-what-is-kept",
@@ -310,7 +365,7 @@ SAMPLING_FAULTS = (
         "powerkernels/lane_moves/kernels.py",
         "mask=kept & (at >= same_from)",
         "mask=kept & (at >= same_from - 1)",
-        MOVES,
+        MOVE_KERNEL,
     ),
     Fault(
         "attended-position-too-many",
@@ -346,7 +401,7 @@ SAMPLING_FAULTS = (
         "powerkernels/decode_attention/gpu.py",
         "if output.numel() == 0:",
         "if num_positions == 0:",
-        ("python_tests/launch_path/test_launch_path.py::test_calls_by_architecture",),
+        LAUNCHES,
     ),
 )
 
@@ -358,7 +413,7 @@ SCORE_FAULTS = (
         f"{CPU}/score_tokens_bwd.cpp",
         "  g.constant -= g.one_hot;\n",
         "",
-        SCORES,
+        SCORE_GRADIENTS,
     ),
     Fault(
         "no-minus-p-triton",
@@ -376,7 +431,7 @@ SCORE_FAULTS = (
         f"{CPU}/score_tokens_bwd.cpp",
         "g.slope = -in.entropy * std::exp(-log_sum);",
         "g.slope = 0.0;",
-        SCORES,
+        SCORE_GRADIENTS,
     ),
     Fault(
         "entropy-gradient-in-the-wrong-unit",
@@ -394,7 +449,7 @@ SCORE_FAULTS = (
         f"{CPU}/score_tokens_bwd.cpp",
         "log_z_is_constant ? 0.0 : params.alpha * in.log_z;",
         "log_z_is_constant ? 0.0 : in.log_z;",
-        SCORES,
+        SCORE_GRADIENTS,
     ),
     Fault(
         "no-alpha-triton",
@@ -421,7 +476,7 @@ SCORE_FAULTS = (
         f"{CPU}/vocab_slice_bwd.cpp",
         "const int64_t rest = n % kStep * kSize;",
         "const int64_t rest = n % F32::kWidth * kSize;",
-        SCORES,
+        SCORE_GRADIENTS,
     ),
     Fault(
         "vocabulary-tail-triton",
@@ -442,13 +497,13 @@ SCORE_FAULTS = (
         SCORE_KERNELS,
     ),
     Fault(
-        "softcap-without-derivative",
+        "softcap-derivative",
         "score_tokens",
-        "the gradient does not go through the softcap",
+        "the derivative of the softcap lacks a square",
         f"{LOGPROB}/reference.py",
         "dz = dz * (1 - (z / softcap) ** 2)",
         "dz = dz * (1 - z / softcap)",
-        SCORES,
+        SOFTCAP_GRADIENTS,
     ),
     Fault(
         "slice-and-token-by-one-number",
@@ -466,7 +521,7 @@ SCORE_FAULTS = (
         f"{LOGPROB}/kernels.py",
         "    kept = index < num_slices\n",
         "    kept = index < num_slices - 1\n",
-        SCORE_KERNELS,
+        DRAW_KERNELS,
     ),
     Fault(
         "drawn-without-mass",
@@ -475,7 +530,7 @@ SCORE_FAULTS = (
         f"{LOGPROB}/reference.py",
         "first = (cumulative <= (u * cumulative[:, -1]).unsqueeze(-1)).sum(-1)",
         "first = (cumulative < (u * cumulative[:, -1]).unsqueeze(-1)).sum(-1)",
-        DRAWS,
+        INVERSE_CDF,
     ),
     Fault(
         "banned-at-another-place",
@@ -493,7 +548,7 @@ SCORE_FAULTS = (
         f"{LOGPROB}/gpu.py",
         "min(support.top_k, vocab),",
         "min(support.top_k + 1, vocab),",
-        (f"{SUPPORT}::test_the_support_by_the_kernels",),
+        SUPPORT_KERNELS,
     ),
     Fault(
         "one-too-few-of-top-k",
@@ -502,7 +557,7 @@ SCORE_FAULTS = (
         f"{CPU}/support.cpp",
         "const auto place = entries.begin() + (k - 1);",
         "const auto place = entries.begin() + std::max<int64_t>(k - 2, 0);",
-        (f"{SUPPORT}::test_the_support",),
+        SUPPORT,
     ),
     Fault(
         "length-of-a-packed-sequence",
@@ -511,7 +566,7 @@ SCORE_FAULTS = (
         f"{LOGPROB}/reference.py",
         "torch.searchsorted(cu_seqlens[1:].long(), position, right=True)",
         "torch.searchsorted(cu_seqlens[1:].long(), position)",
-        ("python_tests/logprob/test_sequence_log_likelihood.py",),
+        LIKELIHOOD,
     ),
     Fault(
         "target-in-the-next-tile",
@@ -556,7 +611,7 @@ SCORE_FAULTS = (
         f"{LINEAR}/functional.py",
         "            _process_group.all_reduce(hidden_sums, group)",
         "            _process_group.all_reduce(hidden_sums.clone(), group)",
-        ("python_tests/logprob/test_vocab_parallel.py",),
+        SPLIT_VOCABULARY,
     ),
     Fault(
         "rank-missing-in-the-sum",
@@ -565,7 +620,7 @@ SCORE_FAULTS = (
         f"{LOGPROB}/reference.py",
         "total = (factor * shard_sum).sum(0)",
         "total = (factor * shard_sum)[-2:].sum(0)",
-        ("python_tests/logprob/test_vocab_parallel.py",),
+        SPLIT_VOCABULARY,
     ),
     Fault(
         "ranks-ties",
@@ -574,7 +629,7 @@ SCORE_FAULTS = (
         f"{COVARIANCE}/functional.py",
         "before = ranks[: _process_group.group_named(group).rank()].sum(0)",
         "before = ranks[: _process_group.group_named(group).rank() + 1].sum(0)",
-        ("python_tests/covariance/test_ranks.py",),
+        RANKS,
     ),
 )
 
@@ -605,7 +660,7 @@ COVARIANCE_FAULTS = (
         f"{COVARIANCE}/reference.py",
         "place = tied.cumsum(0) - 1",
         "place = tied.flip(0).cumsum(0).flip(0) - 1",
-        SELECTION,
+        TOP,
     ),
     Fault(
         "own-ties-before",
@@ -614,7 +669,7 @@ COVARIANCE_FAULTS = (
         f"{COVARIANCE}/kernels.py",
         "mask=program < pid, other=0)",
         "mask=program <= pid, other=0)",
-        COVARIANCE_KERNELS,
+        TOP_KERNELS,
     ),
     Fault(
         "ties-off-by-one",
@@ -623,16 +678,16 @@ COVARIANCE_FAULTS = (
         f"{CPU}/covariance.cpp",
         "x.key == threshold && left > 0",
         "x.key == threshold && left >= 0",
-        SELECTION,
+        TOP,
     ),
     Fault(
         "k-off-by-one",
         "covariance",
-        "the threshold's bin is the one below where there are just enough keys",
+        "one token more than k is selected",
         f"{CPU}/covariance.cpp",
-        "above + counts[bin] < next.remaining",
-        "above + counts[bin] <= next.remaining",
-        SELECTION,
+        "std::min(static_cast<int64_t>(wanted), total)",
+        "std::min(static_cast<int64_t>(wanted) + 1, total)",
+        TOP,
     ),
     Fault(
         "share-rounded-up",
@@ -641,7 +696,7 @@ COVARIANCE_FAULTS = (
         f"{COVARIANCE}/kernels.py",
         "share = tl.maximum(tl.floor(count * wanted), 1.0)",
         "share = tl.maximum(tl.ceil(count * wanted), 1.0)",
-        COVARIANCE_KERNELS,
+        TOP_KERNELS,
     ),
     Fault(
         "band-with-its-lower-bound",
@@ -650,7 +705,7 @@ COVARIANCE_FAULTS = (
         f"{CPU}/token_block.cpp",
         "(cov[i] > lb)",
         "(cov[i] >= lb)",
-        SELECTION,
+        BAND_BOUNDS,
     ),
     Fault(
         "band-with-its-upper-bound",
@@ -659,7 +714,7 @@ COVARIANCE_FAULTS = (
         f"{COVARIANCE}/kernels.py",
         "kept = kept & (cov > lb) & (cov < ub)",
         "kept = kept & (cov > lb) & (cov <= ub)",
-        COVARIANCE_KERNELS,
+        BAND_BOUNDS_KERNELS,
     ),
     Fault(
         "mean-over-all-tokens",
@@ -686,7 +741,7 @@ COVARIANCE_FAULTS = (
         f"{COVARIANCE}/tokens.py",
         "        layout(kept, cu_seqlens),\n        layout(selectable, cu_seqlens),\n",
         "        layout(selectable, cu_seqlens),\n        layout(kept, cu_seqlens),\n",
-        SELECTION,
+        EXCLUDED,
     ),
     Fault(
         "place-in-the-batch",
@@ -695,7 +750,7 @@ COVARIANCE_FAULTS = (
         f"{CPU}/covariance.cpp",
         "static_cast<uint32_t>(token - row_begin_)",
         "static_cast<uint32_t>(token)",
-        SELECTION,
+        PADDING,
     ),
     Fault(
         "packed-bounds-off-by-one",
@@ -704,7 +759,7 @@ COVARIANCE_FAULTS = (
         f"{COVARIANCE}/kernels.py",
         "other=0) > index",
         "other=0) >= index",
-        COVARIANCE_KERNELS,
+        LAYOUT_KERNELS,
     ),
 )
 
@@ -770,7 +825,7 @@ LOSS_FAULTS = (
         f"{LOSS}/aggregate.py",
         "found = (row_count > 0).sum().double()",
         "found = (row_count >= 0).sum().double()",
-        LOSSES,
+        LOSS_MODES,
     ),
     Fault(
         "token-mean-of-sequences",
@@ -779,7 +834,7 @@ LOSS_FAULTS = (
         f"{LOSS}/aggregate.py",
         'count = _or("batch_num_tokens", tokens, row_count.sum())',
         'count = _or("batch_num_tokens", tokens, (row_count > 0).sum().double())',
-        LOSSES,
+        LOSS_MODES,
     ),
     Fault(
         "packed-sequence-too-short",
@@ -788,7 +843,7 @@ LOSS_FAULTS = (
         f"{LOSS}/kernels.py",
         "row_end = tl.load(bounds_ptr + row + 1)",
         "row_end = tl.load(bounds_ptr + row + 1) - 1",
-        LOSS_KERNELS,
+        PACKED_LOSS_KERNELS,
     ),
 )
 
@@ -797,16 +852,16 @@ JOB_FAULTS = (
         "resumed-part-counted-twice",
         "jobs",
         "parts that were there before the run count twice in what is done",
-        "powerkernels/integrations/sharding.py",
+        SHARDING,
         "        done = self.num_parts - len(self.missing_parts())\n",
         "        done = num_done_before + self.num_parts - len(self.missing_parts())\n",
-        JOBS,
+        JOB_PROGRESS,
     ),
     Fault(
         "equal-prompts-draw-the-same",
         "jobs",
         "rows with equal prompts draw some samples twice",
-        "powerkernels/integrations/sharding.py",
+        SHARDING,
         "first_sample=[row.repeat * num_samples for row, _ in good],",
         "first_sample=[row.repeat for row, _ in good],",
         JOBS,
@@ -815,7 +870,7 @@ JOB_FAULTS = (
         "last-row-of-a-part",
         "jobs",
         "the last part is one row short",
-        "powerkernels/integrations/sharding.py",
+        SHARDING,
         "return first, min(first + self.rows_per_part, self.prompts.num_rows)",
         "return first, min(first + self.rows_per_part, self.prompts.num_rows - 1)",
         JOBS,
@@ -824,10 +879,10 @@ JOB_FAULTS = (
         "part-of-a-dead-worker",
         "jobs",
         "a file that a worker has not finished counts as its part",
-        "powerkernels/integrations/sharding.py",
+        SHARDING,
         'unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")',
         "unfinished = path",
-        JOBS,
+        JOB_FILES,
     ),
     Fault(
         "nan-in-a-record",
@@ -836,7 +891,7 @@ JOB_FAULTS = (
         "powerkernels/records.py",
         "return value if math.isfinite(value) else None",
         "return value",
-        ("python_tests/test_cli.py",),
+        RECORDS,
     ),
     Fault(
         "prompt-of-another-sample",
@@ -845,7 +900,7 @@ JOB_FAULTS = (
         "powerkernels/cli.py",
         "prompts[sample.prompt_index], arguments, model)",
         "prompts[sample.sample_index], arguments, model)",
-        ("python_tests/test_cli.py",),
+        LINES,
     ),
 )
 

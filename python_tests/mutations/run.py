@@ -255,8 +255,15 @@ def run_faults(
                 on_result(result)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for done in [pool.submit(work, number) for number in range(jobs)]:
-            done.result()
+        workers = [pool.submit(work, number) for number in range(jobs)]
+        try:
+            for worker in workers:
+                worker.result()
+        except BaseException:
+            with lock:  # the others end with the fault that they are at
+                compiled.clear()
+                others.clear()
+            raise
     return [results[fault.name] for fault in faults]
 
 

@@ -650,7 +650,7 @@ def test_host_loop_replays_on_the_flags_device(cuda: fake_cuda.FakeCuda) -> None
 
 def test_device_loop_wants_a_flag_of_one_int32_on_a_device(cuda: fake_cuda.FakeCuda) -> None:
     tick = capture(cuda.launch, device=1)
-    with pytest.raises(ValueError, match="flag must be on a CUDA device, got .*cpu"):
+    with pytest.raises(ValueError, match=r"flag must be on a CUDA device, got .*cpu"):
         DeviceLoop(tick, torch.ones(1, dtype=torch.int32))
     for flag, error, message in BAD_FLAGS:
         with pytest.raises(error, match=message):
