@@ -69,7 +69,7 @@ SYSTEM_PYTHON_CHECK = import importlib.util as u, sys; \
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-all test-share test-orders test-coverage test-integrations test-launches test-vllm gpu-correctness gpu-loop gpu-figures gpu-depth gpu-rehearsal system-python bench bench-quick bench-report check ci format format-check lint types install clean
+.PHONY: help demo test test-all test-share test-orders test-coverage test-mutations test-integrations test-launches test-vllm gpu-correctness gpu-loop gpu-figures gpu-depth gpu-rehearsal system-python bench bench-quick bench-report check ci format format-check lint types install clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -124,6 +124,9 @@ test-vllm: $(INSTALLED) ## the tests on vLLM's CPU build, in .venv-integrations;
 	fi; \
 	$(MAKE) --no-print-directory $(INTEGRATIONS)/installed; \
 	$(INTEGRATIONS)/bin/python -m pytest $(VLLM_TESTS) -q $(PYTEST_ARGS)
+
+test-mutations: $(INSTALLED) ## deliberate faults, each of which the fast tests are to catch; FAULTS='NAME …' takes some
+	$(PY) -m python_tests.mutations $(FAULTS)
 
 # Each is well inside ten minutes (BUDGET=540 seconds), keeps JSON and a log in the folder OUT as it goes, goes on from
 # what is there, and ends in a short table. PART=logprob takes one part, FRESH=1 runs again what has passed.

@@ -19,7 +19,7 @@ from powerkernels._cuda_graph import waits_are_errors
 from python_tests.covariance import expected
 from python_tests.covariance.expected import Batch, random_batch
 from python_tests.covariance.test_accumulator import check_packed, check_padded
-from python_tests.covariance.test_selection import check, check_band
+from python_tests.covariance.test_selection import check, check_band, check_exclusive_bounds
 from python_tests.covariance.test_token_covariance import check_covariance
 
 pytest.importorskip("triton")
@@ -66,6 +66,10 @@ def test_band(kernel_device, small_blocks, generator):
     batch = random_batch((5, 29), generator)
     for number in ({"k": 1}, {"k": 20}, {"k": 1000}, {"ratio": 0.1}):
         check_band(kernel_device, batch, 2**63 + 7, **number, **BAND)
+
+
+def test_bounds_are_exclusive(kernel_device):
+    check_exclusive_bounds(kernel_device)
 
 
 def test_sizes_of_a_launch(kernel_device, generator):

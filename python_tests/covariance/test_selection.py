@@ -243,13 +243,17 @@ def test_band_of_any_size(backend, size, generator):
 
 
 def test_bounds_are_exclusive(backend):
+    check_exclusive_bounds("cpu")
+
+
+def check_exclusive_bounds(device: str) -> None:
     # The means are 0; covariances are 1, 4, 0.1 as float32, 0 and as often their negatives.
-    log_prob = torch.tensor([[1.0, 2, 1, 0, -1, -2, -1, 0]])
-    advantages = torch.tensor([[1.0, 2, 0.1, 0, -1, -2, -0.1, 0]])
-    cov = token_covariance(log_prob, advantages).cov
+    log_prob = torch.tensor([[1.0, 2, 1, 0, -1, -2, -1, 0]], device=device)
+    advantages = torch.tensor([[1.0, 2, 0.1, 0, -1, -2, -0.1, 0]], device=device)
+    cov = token_covariance(log_prob, advantages).cov.cpu()
     assert cov.tolist() == torch.tensor([[1, 4, 0.1, 0, 1, 4, 0.1, 0]]).tolist()
     for lb, ub in itertools.combinations((-0.0, 0.1, 1.0, 4.0, math.inf), 2):
-        got = select_cov_band(log_prob, advantages, k=8, lb=lb, ub=ub, seed=2)
+        got = select_cov_band(log_prob, advantages, k=8, lb=lb, ub=ub, seed=2).cpu()
         bounds = torch.tensor([lb, ub])
         assert torch.equal(got, (cov > bounds[0]) & (cov < bounds[1])), (lb, ub)
 

@@ -273,6 +273,17 @@ def test_interrupted_job_goes_on_where_it_was(
     ]
 
 
+def test_progress_of_a_resumed_job(model: str, tmp_path: Path) -> None:
+    job = job_of(write_jsonl(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", model)
+    job.begin()
+    assert job.progress(9.0, 0) == "0/4 parts | 0/10 prompts"
+    for part in (0, 3):
+        job.part_path(part).touch()
+    # Both were there before, or one; of what was left then a third took a minute.
+    assert job.progress(60.0, 2) == "2/4 parts | 6/10 prompts"
+    assert job.progress(60.0, 1) == "2/4 parts | 6/10 prompts | about 2:00 left"
+
+
 def test_finished_job_is_left_as_it_is(model: str, tmp_path: Path) -> None:
     job = job_of(write_jsonl(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", model)
     run_rank(job, SamplerFactory(model, CONFIG))

@@ -648,6 +648,15 @@ def test_host_loop_replays_on_the_flags_device(cuda: fake_cuda.FakeCuda) -> None
     assert cuda.device == 0
 
 
+def test_device_loop_wants_a_flag_of_one_int32_on_a_device(cuda: fake_cuda.FakeCuda) -> None:
+    tick = capture(cuda.launch, device=1)
+    with pytest.raises(ValueError, match=r"flag must be on a CUDA device, got .*cpu"):
+        DeviceLoop(tick, torch.ones(1, dtype=torch.int32))
+    for flag, error, message in BAD_FLAGS:
+        with pytest.raises(error, match=message):
+            DeviceLoop(tick, flag)
+
+
 def test_device_loop_is_built_and_launched_on_the_flags_device(cuda: fake_cuda.FakeCuda) -> None:
     flag = cuda.tensor(torch.ones(1, dtype=torch.int32), 1)
     loop = DeviceLoop(capture(cuda.launch, device=1), flag)
