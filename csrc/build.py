@@ -102,10 +102,11 @@ def in_place() -> Path:
 
 
 def version() -> str:
-    """The project's, from pyproject.toml."""
-    found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    """The package's, read and not imported: torch need not be there."""
+    text = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
     if found is None:
-        raise RuntimeError("pyproject.toml names no version")
+        raise RuntimeError("powerkernels/__init__.py names no version")
     return found[1]
 
 
@@ -135,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cuda", choices=CUDA, default=os.environ.get("POWERKERNELS_CUDA", "auto"))
     parser.add_argument("--architectures", help='of the CUDA part, e.g. "90"')
+    parser.add_argument("--version", action="version", version=version())
     options = parser.parse_args(argv)
     cuda = options.cuda == "on" or (options.cuda == "auto" and find_nvcc() is not None)
     try:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from powerkernels import (
     clip_cov_loss,
@@ -42,6 +42,7 @@ from powerkernels import (
     token_covariance,
 )
 from powerkernels.policy_loss import PolicyLoss
+from powerkernels.power_sampling.lane_model import cache_argument
 
 METHODS = ("grpo", "clip-higher", "entropy-bonus", "kl-penalty", "clip-cov", "kl-cov")
 
@@ -307,13 +308,12 @@ def generate(
     model: LlamaForCausalLM, prompts: Tensor, limit: int, generator: torch.Generator | None
 ) -> Tensor:
     """Responses [B, T] at temperature 1, or greedy ones without a generator."""
-    cache = None
+    cache = {cache_argument(model): DynamicCache(config=model.config)}
     tokens = prompts
     ended = torch.zeros(prompts.shape[0], dtype=torch.bool)
     columns = []
     for _ in range(limit):
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        output = model(input_ids=tokens, **cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1]
         if generator is None:
             chosen = logits.argmax(-1)

@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from powerkernels import sample_tokens, score_tokens
 from powerkernels.integrations.smollm2 import load_smollm2
 from powerkernels.power_sampling import metropolis_hastings as mh
+from powerkernels.power_sampling.lane_model import cache_argument
 
 
 @torch.inference_mode()
@@ -37,12 +39,9 @@ def continuation(
     chain: int,
 ) -> Iterator[mh.ScoredToken]:
     """Tokens drawn from q ∝ p^alpha after a prompt and a prefix of its completion."""
-    cache, new = None, [*prompt, *prefix]
+    cache, new = {cache_argument(model): DynamicCache(config=model.config)}, [*prompt, *prefix]
     for position in range(len(prefix), limit):
-        output = model(
-            input_ids=torch.tensor([new]), past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        cache = output.past_key_values
+        output = model(input_ids=torch.tensor([new]), **cache, use_cache=True, logits_to_keep=1)
         drawn = sample_tokens(
             output.logits[:, -1],
             alpha=alpha,

@@ -1,8 +1,6 @@
 """Fast, exact kernels for language-model sampling and RL training."""
 
 from importlib import import_module as _import_module
-from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,10 +31,8 @@ if TYPE_CHECKING:
     )
     from powerkernels.power_sampling import PowerSample, PowerSampler, PowerSamplingConfig
 
-try:
-    __version__ = _version("powerkernels")
-except _PackageNotFoundError:  # a checkout that was never installed
-    __version__ = "0.1.0"
+# The one place of it: pyproject.toml and csrc/build.py read it from this line.
+__version__ = "0.1.0"
 
 # Imported at first use, so that `powerkernels --help` need not wait for torch.
 _HOMES = {

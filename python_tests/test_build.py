@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+import powerkernels
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -25,8 +27,22 @@ def builder() -> ModuleType:
     return module
 
 
-def test_the_version_is_the_projects(builder: ModuleType) -> None:
-    assert builder.version() == "0.1.0"
+def test_the_version_is_the_packages(
+    builder: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert builder.version() == powerkernels.__version__
+    with pytest.raises(SystemExit):
+        builder.main(["--version"])
+    assert capsys.readouterr().out == f"{powerkernels.__version__}\n"
+
+
+def test_a_package_without_a_version_is_refused(
+    builder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "__init__.py").write_text("__version__ = of_something_else()\n")
+    monkeypatch.setattr(builder, "PACKAGE", tmp_path)
+    with pytest.raises(RuntimeError, match=r"powerkernels/__init__\.py names no version"):
+        builder.version()
 
 
 def test_the_module_is_put_where_this_python_looks(builder: ModuleType) -> None:

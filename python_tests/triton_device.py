@@ -48,8 +48,26 @@ def let_old_interpreters_index() -> None:
     interpreter._patch_lang_tensor = patch
 
 
+def let_interpreters_splat_conditions() -> None:
+    """A condition has the type of what it compares in the interpreter, so that a block made of it
+    holds integers, which Triton 3.9 refuses as a mask; here it holds conditions, as on a GPU.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    create_splat = interpreter.InterpreterBuilder.create_splat
+
+    def splat(self: Any, block_type: Any, scalar: Any) -> Any:
+        if scalar.data.dtype == np.bool_:
+            scalar = interpreter.TensorHandle(scalar.data, tl.int1)
+        return create_splat(self, block_type, scalar)
+
+    interpreter.InterpreterBuilder.create_splat = splat
+
+
 if INTERPRETED and importlib.util.find_spec("triton") is not None:
     let_old_interpreters_index()
+    let_interpreters_splat_conditions()
 
 
 def make_interpreter_exact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ the chain.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import warnings
@@ -88,6 +89,7 @@ class TransformersLaneModel:
         self.vocab_size = model.config.get_text_config().vocab_size
         self.device = model.get_input_embeddings().weight.device
         self.max_length = max_length
+        self._cache_argument = cache_argument(model)
         self._attention = _Attention(num_lanes, self.device)
         in_one_call = not compile and decoder_step.why_not(model) is None
         # torch's compiler packs weights itself.
@@ -141,14 +143,15 @@ class TransformersLaneModel:
 
     def _prefill_layers(self, tokens: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of all layers, [1, H, T, D] each."""
-        output = self._model(
+        cache = _prefill_cache()
+        self._model(
             input_ids=torch.tensor([tokens], device=self.device),
             position_ids=torch.arange(len(tokens), device=self.device)[None],
-            past_key_values=_prefill_cache(),
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: cache},
         )
-        return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _make_decoder(self) -> DecoderStep | None:
         """The step in one call, if what it makes is what the model makes."""
@@ -186,8 +189,8 @@ class TransformersLaneModel:
             output = self._forward(
                 input_ids=tokens[:, None],
                 position_ids=positions[:, None],
-                past_key_values=self._cache,
                 use_cache=True,
+                **{self._cache_argument: self._cache},
             )
         return output.logits[:, -1]
 
@@ -220,6 +223,11 @@ class TransformersLaneModel:
                 f"at most {positions // self.max_length} lanes of that length fit, or as many of "
                 f"{positions // self.num_lanes} positions (prompt and max_new_tokens together)"
             )
+
+
+def cache_argument(model: Any) -> str:
+    """The argument of a model's call that takes the cache: "cache" from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def free_memory(device: torch.device) -> int | None:
