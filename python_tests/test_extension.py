@@ -102,7 +102,8 @@ def test_asking_for_a_missing_backend_is_an_error():
 
 
 @needs_extension
-def test_simd_level_by_environment():
+def test_simd_level_by_environment(monkeypatch):
+    monkeypatch.delenv("POWERKERNELS_SIMD", raising=False)  # of the run
     code = "from powerkernels import _extension as e; print(e.compiled().simd_level())"
     assert run(code, POWERKERNELS_SIMD="baseline").stdout.strip() == "baseline"
     assert run(code).stdout.strip() == _extension.compiled().highest_simd_level()
