@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -489,13 +488,10 @@ from powerkernels import cli
 sys.exit(cli.main(["--version"]))
 """
     root = Path(powerkernels.__file__).parents[1]
-    (stated,) = re.findall(
-        '^version = "(.+)"$', (root / "pyproject.toml").read_text(), re.MULTILINE
-    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
-    assert done.stdout == f"powerkernels {stated}\n"
+    assert done.stdout == f"powerkernels {powerkernels.__version__}\n"
 
 
 # ---- layout

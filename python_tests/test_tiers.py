@@ -45,6 +45,13 @@ def test_few_cases_are_kept(sizes, strength, most):
     assert max(sizes, default=1) <= number <= most
 
 
+def test_values_are_taken_in_turn():
+    cases = crossing(2, 6)
+    kept = [cases[k] for k in tiers.cover(cases, 1)]
+    assert Counter(case["backend"] for case in kept) == {0: 3, 1: 3}
+    assert sorted(case["dtype"] for case in kept) == list(range(6))
+
+
 def test_each_value_is_first_where_every_second_is_slow():
     values = tiers.every(2, ["a", ("b", 1), "c"])
     assert [value for value in values if not hasattr(value, "marks")] == ["a", "c"]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -133,15 +134,24 @@ def simd_level_of(item: pytest.Item) -> str | None:
 
 def cover(cases: Sequence[dict[str, int]], strength: int) -> list[int]:
     """Some of the cases, by index: any values of so many parameters that meet in a case meet in
-    one of these. Greedy: first the case with the most that is new, the earliest of several.
+    one of these.
+
+    Greedy: first the case with the most that is new; of several the one whose values have been
+    taken least, and of those the earliest.
     """
     cells = [cells_of(case, strength) for case in cases]
     left: set[Cell] = set().union(*cells)
+    taken: Counter[tuple[str, int]] = Counter()
     kept: list[int] = []
+
+    def worth(k: int) -> tuple[int, int, int]:
+        return len(cells[k] & left), -sum(taken[value] for value in cases[k].items()), -k
+
     while left:
-        best = max(range(len(cases)), key=lambda k: (len(cells[k] & left), -k))
+        best = max(range(len(cases)), key=worth)
         kept.append(best)
         left -= cells[best]
+        taken.update(cases[best].items())
     return sorted(kept)
 
 

@@ -79,21 +79,24 @@ def test_transition_leaves_the_power_law_invariant(
     np.testing.assert_allclose(flow, flow.T, atol=1e-14)
 
 
-@pytest.mark.parametrize("early_rejection", [False, True])
-@pytest.mark.parametrize("shared_prefix_skip", [False, True])
+SWITCHES = {
+    "plain": {"early_rejection": False, "shared_prefix_skip": False},
+    "both": {"early_rejection": True, "shared_prefix_skip": True},
+    "skip": {"early_rejection": False, "shared_prefix_skip": True},
+    "early": {"early_rejection": True, "shared_prefix_skip": False},
+}
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize("proposal_power", PROPOSAL_POWERS)
 @pytest.mark.each_value
 def test_chain_has_its_exact_law_at_every_length(
-    model: EnumerableModel,
-    early_rejection: bool,
-    shared_prefix_skip: bool,
-    proposal_power: float | None,
+    model: EnumerableModel, switches: str, proposal_power: float | None
 ) -> None:
     # The law after a few transitions, before the chain has forgotten its start: every entry of the
     # transition matrix counts, not only what its stationary law shows.
     config = settings(
-        early_rejection=early_rejection,
-        shared_prefix_skip=shared_prefix_skip,
+        **SWITCHES[switches],
         proposal_temperature=None if proposal_power is None else 1 / proposal_power,
     )
     counts = completion_counts(model, config)
