@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,13 +61,33 @@ def test_each_value_is_first_where_every_second_is_slow():
 
 
 class Item:
-    def __init__(self, nodeid: str, group: str | None = None) -> None:
+    def __init__(self, nodeid: str, group: str | None = None, **parameters: object) -> None:
         self.nodeid = nodeid
         self.group = group
+        self.stash = pytest.Stash()
+        self.callspec = SimpleNamespace(params=parameters)
+
+    def iter_markers(self, name: str) -> list[pytest.Mark]:
+        given = [("a", []), ("b, c", []), (("d", "e"), [])]
+        return [pytest.mark.parametrize(*arguments).mark for arguments in given]
 
     def get_closest_marker(self, name: str) -> pytest.Mark | None:
         wanted = name == "xdist_group" and self.group is not None
         return pytest.mark.xdist_group(self.group).mark if wanted else None
+
+
+def test_values_given_together_are_one():
+    low, high, other = [0], [0], (1,)  # equal, and not the same
+    values = [
+        {"a": low, "b": low, "c": low, "d": low, "e": low, "backend": low},
+        {"a": high, "b": low, "c": high, "d": low, "e": low, "backend": other},
+        {"a": low, "b": high, "c": low, "d": low, "e": low, "backend": low},
+    ]
+    items = [Item("test_x.py::test", None, **each) for each in values]
+    tiers.number_values(items)
+    numbers = {name: [item.stash[tiers.INDICES][name] for item in items] for name in ("a", "b, c")}
+    assert numbers == {"a": [0, 1, 0], "b, c": [0, 1, 2]}
+    assert items[0].stash[tiers.INDICES].keys() == {"a", "b, c", "d, e", "backend"}
 
 
 def test_shares_are_parts():

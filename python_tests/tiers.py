@@ -108,16 +108,32 @@ def parameters_of(item: pytest.Item) -> dict[str, object]:
 
 
 def number_values(cases: Sequence[pytest.Item]) -> None:
-    """Which of its values each parameter of a case has, of all that these cases of a test have."""
+    """Which of its values each parameter of a case has, of all that these cases of a test have.
+
+    Parameters that one `parametrize` gives together are one, and its values tuples.
+    """
     # By identity: values need not be hashable, and the cases of a test share those of a parameter.
     # callspec.indices does not have it: pytest numbers the cases there.
-    seen: dict[str, dict[int, int]] = {}
+    seen: dict[str, dict[tuple[int, ...], int]] = {}
     for case in cases:
-        indices = {}
-        for name, value in parameters_of(case).items():
-            values = seen.setdefault(name, {})
-            indices[name] = values.setdefault(id(value), len(values))
+        parameters, indices = parameters_of(case), {}
+        together = [names for names in names_given_together(case) if len(names) > 1]
+        alone = set(parameters).difference(*together)
+        for names in (*together, *((name,) for name in sorted(alone))):
+            values = seen.setdefault(", ".join(names), {})
+            key = tuple(id(parameters[name]) for name in names)
+            indices[", ".join(names)] = values.setdefault(key, len(values))
         case.stash[INDICES] = indices
+
+
+def names_given_together(item: pytest.Item) -> list[tuple[str, ...]]:
+    """The parameters of each `parametrize` of a test."""
+    found = []
+    for marker in item.iter_markers("parametrize"):
+        names = marker.args[0] if marker.args else marker.kwargs["argnames"]
+        names = names.split(",") if isinstance(names, str) else names
+        found.append(tuple(name.strip() for name in names))
+    return found
 
 
 def is_interpreted(item: pytest.Item) -> bool:

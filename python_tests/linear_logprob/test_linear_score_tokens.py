@@ -313,6 +313,7 @@ HIDDEN, WEIGHT, TARGETS = torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([0,
         (HIDDEN, WEIGHT, TARGETS, {"process_group": 1}, TypeError, r"process_group.*int"),
     ],
 )
+@pytest.mark.each_value
 def test_bad_arguments(backend, hidden, weight, targets, options, error, names):
     with pytest.raises(error, match=names):
         linear_score_tokens(hidden, weight, targets, **options)

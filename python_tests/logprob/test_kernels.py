@@ -65,7 +65,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize(("vocab", "alpha"), SMALL)
+@pytest.mark.parametrize(("vocab", "alpha"), tiers.every(2, SMALL, of_several=True))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_vocabularies(kernel_device, dtype, vocab, alpha, generator):
     logits = random_logits((3, vocab), dtype, generator)

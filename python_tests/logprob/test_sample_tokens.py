@@ -288,6 +288,7 @@ LOGITS, COUNTERS = torch.zeros(2, 5), counters_for(2)
         (LOGITS, {"banned": torch.tensor([-2, 0])}, IndexError, "banned.*-2 at row 0"),
     ],
 )
+@pytest.mark.each_value
 def test_bad_arguments(backend, logits, changes, error, names):
     with pytest.raises(error, match=names):
         sample_tokens(logits, **({"seed": 0, "counters": COUNTERS} | changes))

@@ -573,6 +573,7 @@ LOGITS, TARGETS = torch.zeros(2, 5), torch.tensor([0, 1])
         (LOGITS, TARGETS, {"process_group": "world"}, TypeError, "process_group.*str"),
     ],
 )
+@pytest.mark.each_value
 def test_bad_arguments(backend, logits, targets, options, error, names):
     with pytest.raises(error, match=names):
         score_tokens(logits, targets, **options)

@@ -126,6 +126,7 @@ FLAT, PADDED = torch.zeros(6), torch.zeros(2, 3)
         (FLAT, {"cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens"),
     ],
 )
+@pytest.mark.each_value
 def test_bad_arguments(backend, log_prob, options, error, names):
     with pytest.raises(error, match=names):
         sequence_log_likelihood(log_prob, **options)

@@ -624,6 +624,7 @@ def test_compiles_as_one_graph(backend, compiler, dynamic, generator):
         ({"min_p": torch.tensor([0.1])}, TypeError, "min_p"),
     ],
 )
+@pytest.mark.each_value
 def test_bad_arguments(backend, bounds, error, names):
     with pytest.raises(error, match=names):
         sample_tokens(torch.zeros(2, 5), seed=0, counters=counters_for(2), **bounds)
