@@ -70,8 +70,9 @@ CXX_FILES := $(filter %.cpp %.h %.hpp %.cu %.cuh,$(CSRC))
 PYTHON_FILES := powerkernels python_tests bench examples setup.py csrc/build.py
 
 PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest python_tests -q -n auto --dist loadgroup
-# Of the slow tests, one of so many parts is run with each commit.
+# Of the slow tests, one of so many parts is run with each commit, by how many commits there are.
 SHARES := 8
+SHARE ?= $(shell echo $$(( $$(git rev-list --count HEAD 2>/dev/null || echo 1) % $(SHARES) + 1 ))/$(SHARES))
 RUNS := 20
 COVERAGE := build/coverage
 COVERED = $(subst -m pytest,-m coverage run -m pytest,$(PYTEST))
@@ -81,7 +82,7 @@ GPU = $(PY) -m bench.gpu
 GPU_OPTIONS = $(if $(OUT),--out '$(OUT)') $(PART:%=--part %) $(if $(BUDGET),--budget $(BUDGET)) $(if $(FRESH),--fresh)
 
 SYSTEM_PYTHON_CHECK = import importlib.util as u, sys; \
-	lacks = [m for m in ("torch", "triton", "numpy", "pytest", "pytest_benchmark") if u.find_spec(m) is None]; \
+	lacks = [m for m in ("torch", "triton", "numpy", "pytest", "pytest_benchmark", "xdist") if u.find_spec(m) is None]; \
 	lacks and sys.exit("make: SYSTEM_PYTHON: " + sys.executable + " lacks " + ", ".join(lacks))
 
 export HF_HUB_OFFLINE ?= 1
@@ -102,28 +103,25 @@ test-all: $(INSTALLED) ## all tests that run without a GPU, then test-integratio
 	$(PYTEST) --hypothesis-profile thorough $(PYTEST_ARGS)
 	$(MAKE) --no-print-directory test-integrations
 
-# By the commit, so that what failed can be run again; test-vllm belongs to the first share.
-test-share: $(INSTALLED) ## of the slow tests a share, as CI: another with each commit, or SHARE=2/8
-	share='$(SHARE)'; commit=$$(git rev-parse --short=7 HEAD 2>/dev/null || echo 0); \
-	share=$${share:-$$(( 0x$$commit % $(SHARES) + 1 ))/$(SHARES)}; \
-	echo "a share of the slow tests, again with: make test-share SHARE=$$share"; \
-	$(PYTEST) -m slow --share "$$share" --hypothesis-profile thorough $(PYTEST_ARGS); \
-	if test "$${share%/*}" = 1; then $(MAKE) --no-print-directory test-vllm; fi
+test-share: $(INSTALLED) ## of the slow tests a share, as CI: the next with each commit, or SHARE=2/8
+	@echo "a share of the slow tests, again with: make test-share SHARE=$(SHARE)"
+	$(PYTEST) -m slow --share=$(SHARE) --hypothesis-profile thorough $(PYTEST_ARGS)
 
-# Of two runs one is in one process, and the number of threads changes with every second.
+# Of two runs one is in one process, and the number of threads changes with every second. The files are shuffled, and
+# the tests of each: what a file's tests share is made once.
 test-orders: $(INSTALLED) ## the fast tier in RUNS=20 random orders, in one process and two, with 1, 2, 3 or 8 threads
 	for run in $$(seq 1 $(RUNS)); do \
 		set -- 1 2 3 8; shift $$(( run / 2 % 4 )); \
 		echo "run $$run: $$(( run % 2 + 1 )) processes of $$1 threads"; \
 		OMP_NUM_THREADS=$$1 $(PYTEST) -n $$(( run % 2 * 2 )) -m 'not slow' \
-			--random-order --random-order-seed=$$run $(PYTEST_ARGS); \
+			--random-order-bucket=module --random-order-seed=$$run $(PYTEST_ARGS); \
 	done
 
 # Each test runs once, in the one tier or the other.
 test-coverage: $(INSTALLED) ## lines that the fast tier reaches beside those that all tests reach, by file
 	rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
 	COVERAGE_FILE=$(COVERAGE)/fast $(COVERED) -m 'not slow' $(PYTEST_ARGS)
-	COVERAGE_FILE=$(COVERAGE)/slow $(COVERED) -m slow $(PYTEST_ARGS)
+	COVERAGE_FILE=$(COVERAGE)/slow $(COVERED) -m slow --hypothesis-profile thorough $(PYTEST_ARGS)
 	$(PY) -m python_tests.coverage_of_tiers $(COVERAGE)
 
 test-integrations: test-launches test-vllm gpu-rehearsal ## what takes long or installs more: test-launches, test-vllm, gpu-rehearsal
@@ -174,7 +172,8 @@ bench-report: $(INSTALLED) ## plots, bench/RESULTS.md and README's tables from t
 
 check: format-check lint types test ## format, lint, types, the tests' fast tier
 
-ci: check test-share ## what CI runs
+# What vLLM needs is much to fetch: its tests belong to the first share.
+ci: check test-share $(if $(filter 1/%,$(SHARE)),test-vllm) ## what CI runs
 
 format: $(INSTALLED) ## rewrite the sources as the formatters want them
 	$(PY) -m ruff format $(wildcard $(PYTHON_FILES))

@@ -53,6 +53,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if share := config.getoption("--share"):
+        tiers.numbers_of(share)  # an error of the command line, not of each process's collection
+
+
 def seed_draws(config: pytest.Config, what: str) -> None:
     """What a test or a fixture draws is its own, whatever has run before it in its process."""
     seed = zlib.crc32(f"{config.getoption('--seed')} {what}".encode())

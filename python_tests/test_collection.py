@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from python_tests import tiers
 from python_tests.conftest import HANG_SECONDS
-
-pytestmark = pytest.mark.slow  # several runs of pytest each
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKERS = (
@@ -150,7 +149,9 @@ IN_TURN = {"test_large", "test_larger"}
 
 
 # pytest-timeout need not be there.
-@pytest.mark.parametrize("options", [[], ["-p", "no:timeout"]], ids=["as here", "no timeouts"])
+@pytest.mark.parametrize(
+    "options", tiers.every(2, [[], ["-p", "no:timeout"]]), ids=["as here", "no timeouts"]
+)
 def test_what_may_hang_runs_last_with_a_timeout(tmp_path: Path, options: list[str]) -> None:
     notes = notes_of(tmp_path, "-n", "0", *options)
     assert len(notes) == 2 * 17
@@ -165,6 +166,7 @@ def test_what_may_hang_runs_last_with_a_timeout(tmp_path: Path, options: list[st
     }
 
 
+@pytest.mark.slow
 def test_in_several_processes(tmp_path: Path) -> None:
     """A process begins the last test that it has been given while another ends the one before."""
     notes = notes_of(tmp_path, "-n", "2", "--dist", "loadgroup")
@@ -182,6 +184,7 @@ def draws_of(folder: Path, *options: str) -> dict[str, list]:
     return drawn
 
 
+@pytest.mark.slow
 def test_draws_are_those_of_the_test_whatever_ran_before_it(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(DRAWING_CONFTEST)
     file = tmp_path / "test_draws.py"

