@@ -82,7 +82,7 @@ GPU = $(PY) -m bench.gpu
 GPU_OPTIONS = $(if $(OUT),--out '$(OUT)') $(PART:%=--part %) $(if $(BUDGET),--budget $(BUDGET)) $(if $(FRESH),--fresh)
 
 SYSTEM_PYTHON_CHECK = import importlib.util as u, sys; \
-	lacks = [m for m in ("torch", "triton", "numpy", "pytest", "pytest_benchmark", "xdist") if u.find_spec(m) is None]; \
+	lacks = [m for m in ("torch", "triton", "numpy", "pytest", "pytest_benchmark") if u.find_spec(m) is None]; \
 	lacks and sys.exit("make: SYSTEM_PYTHON: " + sys.executable + " lacks " + ", ".join(lacks))
 
 export HF_HUB_OFFLINE ?= 1
