@@ -25,6 +25,7 @@ BUDGET_SECONDS = 540.0
 REHEARSAL_SECONDS = 900.0
 PARTS_OF = {"correctness": targets.PARTS, "figures": targets.BENCH_PARTS}
 EXIT_FAILED, EXIT_CANNOT, EXIT_STOPPED = 1, 2, 130
+STOPPING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason is not None:
         print(f"bench.gpu: {reason}", file=sys.stderr)
         return EXIT_CANNOT
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _on_signal)
+    before = {number: signal.signal(number, _on_signal) for number in STOPPING}
     if options.fresh:
         for name in (targets.TESTS, targets.FIGURES, targets.JOB_FIGURES):
             if (folder / name).exists():
@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_STOPPED
     finally:
         build.end()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:

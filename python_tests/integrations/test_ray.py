@@ -34,7 +34,6 @@ ray = pytest.importorskip("ray")
 
 pytestmark = [
     pytest.mark.xdist_group("ray"),  # Ray starts once
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray's, of its own settings
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of the processes that it starts
 ]
@@ -59,6 +58,7 @@ def cluster() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_one_of_two_workers_dies_and_no_prompt_is_lost(cluster: None, tmp_path: Path) -> None:
     from powerkernels.integrations.ray import run_on_ray
 
@@ -120,6 +120,7 @@ def test_what_ray_began_goes_on_anywhere(cluster: None, model: str, tmp_path: Pa
     assert make.log.read_text() == log
 
 
+@pytest.mark.slow
 def test_command(
     cluster: None, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from powerkernels.integrations import smollm2
 from powerkernels.integrations.transformers import load_causal_lm
+from python_tests.tiny_model import CHAT_TEMPLATE, save_tiny_model
 
 pytestmark = pytest.mark.xdist_group("smollm2")  # the real model is converted once
 
@@ -102,6 +103,19 @@ def test_another_process_may_finish_first(monkeypatch: pytest.MonkeyPatch, tmp_p
     path = smollm2.smollm2_path(tmp_path)
     assert (path / "config.json").read_text() == "the other's"
     assert [entry.name for entry in tmp_path.iterdir()] == [smollm2.FOLDER]
+
+
+def test_what_is_loaded_is_ready_for_a_batch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = save_tiny_model(tmp_path / "converted", template=CHAT_TEMPLATE)
+    monkeypatch.setattr(smollm2, "smollm2_path", lambda cache_dir: folder)
+    model, tokenizer = smollm2.load_smollm2()
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert not model.training
+    assert model.dtype == torch.bfloat16
+    assert smollm2.load_smollm2(dtype=torch.float32)[0].dtype == torch.float32
 
 
 # ---- what is missing names its command

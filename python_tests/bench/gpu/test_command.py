@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from signal import getsignal
 from typing import Any
 
 import pytest
@@ -42,7 +43,11 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
 
         monkeypatch.setattr(readiness, "Build", Build)
         monkeypatch.setattr(command, "TARGETS", {target: steps(target) for target in NAMES})
-        return int(command.main([*arguments, "--out", str(tmp_path / "out")]))
+        before = [getsignal(number) for number in command.STOPPING]
+        code = command.main([*arguments, "--out", str(tmp_path / "out")])
+        # Else what stops this process later would be taken for a signal to the command.
+        assert [getsignal(number) for number in command.STOPPING] == before
+        return int(code)
 
     return run
 
