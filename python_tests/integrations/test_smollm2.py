@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from powerkernels import models
 from powerkernels.integrations import smollm2
 from powerkernels.integrations.transformers import load_causal_lm
 from python_tests.tiny_model import CHAT_TEMPLATE, save_tiny_model
@@ -116,6 +117,28 @@ def test_what_is_loaded_is_ready_for_a_batch(
     assert not model.training
     assert model.dtype == torch.bfloat16
     assert smollm2.load_smollm2(dtype=torch.float32)[0].dtype == torch.float32
+
+
+def test_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / smollm2.FOLDER
+    monkeypatch.setattr(smollm2, "converted_folder", lambda cache_dir=None: folder)
+    monkeypatch.setattr(
+        smollm2,
+        "smollm2_path",
+        lambda cache_dir=None: (
+            folder if folder.is_dir() else save_tiny_model(folder, template=CHAT_TEMPLATE)
+        ),
+    )
+    model, tokenizer = models.load_model(models.SMOLLM2, "float32", "cpu")
+    assert capsys.readouterr().err == "converting SmolLM2, once: about 20 s\n"
+    assert model.dtype == torch.float32
+    assert tokenizer.padding_side == "left"
+    assert models.load_model(models.SMOLLM2, "auto", "cpu")[0].dtype == torch.bfloat16
+    assert capsys.readouterr().err == ""
+    assert models.model_path(models.SMOLLM2) == str(folder)
+    assert models.model_fingerprint(models.SMOLLM2) == smollm2.FOLDER
 
 
 # ---- what is missing names its command
@@ -222,7 +245,6 @@ def real_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)  # 270 MB
 
 
-@pytest.mark.slow
 def test_real_model_is_converted_to_plain_safetensors(real_cache: Path) -> None:
     path = smollm2.smollm2_path(real_cache)
     config = json.loads((path / "config.json").read_text())
@@ -235,7 +257,6 @@ def test_real_model_is_converted_to_plain_safetensors(real_cache: Path) -> None:
     assert not [file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".gguf")]
 
 
-@pytest.mark.slow
 def test_real_tokenizer(real_cache: Path) -> None:
     _, tokenizer = smollm2.load_smollm2(cache_dir=real_cache)
     assert tokenizer.tokenize("1234") == ["1", "2", "3", "4"]

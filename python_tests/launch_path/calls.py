@@ -786,10 +786,14 @@ for flag, value in itertools.product((*FLAGS, "stop_at_eos"), (False, True)):
     add_transition(f"transition {flag} {value}", transition, 16, rules={flag: value}, full=True)
 add_transition("transition alpha 0.5", transition, 16, alpha=0.5, full=True)
 
-# What the fast tier takes: it reaches every kernel, and of each op what a user calls first.
+# What the fast tier takes. It reaches every kernel: of each op what a user calls first, and a call
+# with nothing to launch.
 BRIEF = (
     "score_tokens bfloat16",
     "score_tokens no rows",
+    "sample_tokens no rows",
+    "losses no tokens",
+    "decode_attention no lanes",
     "2 shards of a vocabulary, 8 rows",
     "linear_score_tokens chunked",
     "linear_score_tokens fused",

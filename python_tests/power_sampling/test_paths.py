@@ -84,7 +84,6 @@ def test_early_rejection_leaves_the_chain_as_it_is(
     ("num_lanes", "prompts", "num_samples"),
     [(8, PROMPTS[2:3], 1), (5, PROMPTS, 2), (3, PROMPTS, 1)],
 )
-@pytest.mark.each_value
 def test_prefetching_leaves_the_chain_as_it_is(
     llama: object,
     num_lanes: int,
