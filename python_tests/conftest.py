@@ -20,7 +20,7 @@ from python_tests.tiers import SIMD_LEVELS
 HANG_SECONDS = 180
 TEST_ID = pytest.StashKey[str]()  # without the group that xdist appends
 # Hypothesis's examples of a test by --hypothesis-profile: in the fast tier, and in all.
-EXAMPLES = {"fast": 25, "thorough": 200}
+EXAMPLES = {"fast": 100, "thorough": 400}
 
 if importlib.util.find_spec("hypothesis") is not None:
     import hypothesis

@@ -56,7 +56,7 @@ def every(step: int, values: Iterable[Any], *, of_several: bool = False) -> list
     ]
 
 
-def examples(share: float) -> Any:
+def examples(share: float, **options: Any) -> Any:
     """Hypothesis's settings with this share of the profile's examples; a test has all without.
 
     Less where an example takes long, more where what it draws is large and cheap to look at.
@@ -65,7 +65,8 @@ def examples(share: float) -> Any:
 
     profile = hypothesis.settings.default
     assert profile is not None
-    return hypothesis.settings(max_examples=max(1, round(share * profile.max_examples)))
+    number = max(1, round(share * profile.max_examples))
+    return hypothesis.settings(max_examples=number, **options)
 
 
 def highest_simd_level() -> str | None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from powerkernels.lane_moves import LaneCaches, move_positions
+from python_tests import tiers
 
 WORKING, CURRENT = 0, 1
 # (W, dtype): rows of 1, 3, 6, 12, 24, 48 and 1008 bytes.
@@ -113,6 +114,7 @@ def test_random_moves(backend: str, case: tuple) -> None:
     check_case(case)
 
 
+@tiers.examples(0.25)
 @given(case=cases())
 def test_random_moves_in_the_kernel(kernel_device: str, case: tuple) -> None:
     pytest.importorskip("triton")

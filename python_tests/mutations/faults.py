@@ -58,7 +58,9 @@ PURE_PATHS = tests_of(
 PREFETCHED_PATHS = tests_of(
     "power_sampling", "test_paths", "test_prefetching_leaves_the_chain_as_it_is"
 )
-COMPILED_TRANSITION = tests_of("power_sampling", "test_transition", "test_compiled")
+COMPILED_TRANSITION = tests_of(
+    "power_sampling", "test_transition", "test_compiled", "test_compiled_long_histories"
+)
 KERNEL_TRANSITION = tests_of("power_sampling", "test_transition", "test_kernels")
 LOOP = tests_of("power_sampling", "test_graph_loop")
 PACKED = tests_of("power_sampling", "test_packed_linear", "test_against_float64")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from powerkernels import (
     reference_kl_loss,
     select_top_cov,
 )
+from python_tests import tiers
 from python_tests.covariance.expected import IGNORE_LARGE_RATIO
 from python_tests.policy_loss import verl_losses
 from python_tests.policy_loss.expected import MODES
@@ -260,7 +261,8 @@ def test_entropy(backend, mode, counts):
     assert_equal(found, leaf, (value.detach(), gradient, {}))
 
 
-@settings(
+@tiers.examples(
+    0.4,
     derandomize=True,  # a ratio within a rounding of a bound is clipped by one and not the other
 )
 @given(

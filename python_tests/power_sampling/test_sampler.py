@@ -314,7 +314,7 @@ def test_block_larger_than_the_completion_is_one_block() -> None:
     assert PowerSamplingConfig().block_limits == tuple(range(192, 3073, 192))
 
 
-@tiers.examples(0.4)
+@tiers.examples(0.1)
 @given(
     alpha=st.floats(0, 8, allow_nan=False),
     max_new_tokens=st.integers(1, 5),

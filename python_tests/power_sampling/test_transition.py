@@ -480,7 +480,7 @@ def check_history(case: Case) -> None:
         )
 
 
-@tiers.examples(2)
+@tiers.examples(4)
 @given(case=cases())
 def test_compiled(compiled_backend: None, case: Case) -> None:
     follow(case, transition_of)
@@ -615,7 +615,7 @@ def draw_chain(
     )
 
 
-@tiers.examples(0.4)
+@tiers.examples(0.15)
 @given(case=cases(), model_seed=st.integers(0, 5), join=st.sampled_from([0.1, 0.5, 1.0]))
 def test_a_chain_is_the_same_with_any_number_of_lanes(
     case: Case, model_seed: int, join: float
