@@ -122,6 +122,16 @@ def test_few_samples_say_so(measured: dict[str, Any]) -> None:
     assert set(verdicts(found).values()) == {"too few samples"}
 
 
+def calm(variant: Variant) -> dict[str, Any]:
+    """A run whose halves agree: what else the machine does may make them differ tenfold, and a
+    comparison then rightly says nothing."""
+    for _ in range(10):
+        data = toy.measure(toy.kernel([variant]), size="host").data
+        if all(row.stats["halves_differ"] < 0.5 for row in results.rows_of(data)):
+            return data
+    pytest.skip("the machine is too busy for its times to mean anything")
+
+
 @pytest.mark.slow
 def test_a_real_slowed_kernel_and_two_real_runs(restore_threads: None) -> None:
     """The same op, timed twice, and then one that does its work ten times.
@@ -130,8 +140,7 @@ def test_a_real_slowed_kernel_and_two_real_runs(restore_threads: None) -> None:
     """
     torch.set_num_threads(1)
     slowed = Variant("powerkernels", toy.bound(toy.repeated(10)), ours=True)
-    first, second = (toy.measure(toy.kernel([toy.OURS]), size="host").data for _ in range(2))
-    slow = toy.measure(toy.kernel([slowed]), size="host").data
+    first, second, slow = map(calm, (toy.OURS, toy.OURS, slowed))
     assert not comparison.compare(first, second, min_effect=1.0).regressions
     caught = comparison.compare(first, slow, min_effect=1.0).regressions
     assert {change.key[2] for change in caught} == {"powerkernels"}
