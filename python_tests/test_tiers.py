@@ -230,3 +230,19 @@ def test_times_are_summed_by_tier_and_file():
         "a/test_a.py",
         "test_b.py",
     ]
+
+
+def test_files_that_the_fast_tier_leaves_out_are_named():
+    pytest.importorskip("coverage")
+    from python_tests.coverage_of_tiers import table
+
+    fast = {"a.py": set(range(95)), "b.py": {1}}
+    slow = {"a.py": set(range(90, 100)), "b.py": {2}, "c.py": {1}, "d.py": set()}
+    text, below = table(fast, slow)
+    assert below == ["b.py", "c.py"]
+    assert [line.split() for line in text.splitlines()[1:]] == [
+        ["0.0%", "0", "1", "c.py"],
+        ["50.0%", "1", "2", "b.py"],
+        ["95.0%", "95", "100", "a.py"],
+        ["93.2%", "96", "103", "all"],
+    ]
