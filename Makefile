@@ -74,7 +74,7 @@ PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest python_tests -q -n auto --dist 
 SHARES := 8
 SHARE ?= $(shell echo $$(( $$(git rev-list --count HEAD 2>/dev/null || echo 1) % $(SHARES) + 1 ))/$(SHARES))
 FROM := 1
-RUNS := 20
+TO := 20
 COVERAGE := build/coverage
 COVERED = $(subst -m pytest,-m coverage run -m pytest,$(PYTEST))
 
@@ -110,8 +110,8 @@ test-share: $(INSTALLED) ## of the slow tests a share, as CI: the next with each
 
 # Of two runs one is in one process, and the number of threads changes with every second. The files are shuffled, and
 # the tests of each: what a file's tests share is made once.
-test-orders: $(INSTALLED) ## the fast tier in random orders, in one process and two, with 1, 2, 3 or 8 threads; FROM=1 RUNS=20
-	for run in $$(seq $(FROM) $(RUNS)); do \
+test-orders: $(INSTALLED) ## the fast tier in random orders, in one process and two, with 1, 2, 3 or 8 threads; FROM=1 TO=20
+	for run in $$(seq $(FROM) $(TO)); do \
 		set -- 1 2 3 8; shift $$(( run / 2 % 4 )); \
 		echo "run $$run: $$(( run % 2 + 1 )) processes of $$1 threads"; \
 		OMP_NUM_THREADS=$$1 $(PYTEST) -n $$(( run % 2 * 2 )) -m 'not slow' \

@@ -122,14 +122,12 @@ def test_what_is_loaded_is_ready_for_a_batch(
 def test_by_its_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / smollm2.FOLDER
-    monkeypatch.setattr(smollm2, "converted_folder", lambda cache_dir=None: folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(smollm2, "find_gguf", lambda: Path("model.gguf"))
     monkeypatch.setattr(
         smollm2,
-        "smollm2_path",
-        lambda cache_dir=None: (
-            folder if folder.is_dir() else save_tiny_model(folder, template=CHAT_TEMPLATE)
-        ),
+        "_write_safetensors",
+        lambda gguf, folder: save_tiny_model(folder, template=CHAT_TEMPLATE),
     )
     model, tokenizer = models.load_model(models.SMOLLM2, "float32", "cpu")
     assert capsys.readouterr().err == "converting SmolLM2, once: about 20 s\n"
@@ -137,7 +135,7 @@ def test_by_its_name(
     assert tokenizer.padding_side == "left"
     assert models.load_model(models.SMOLLM2, "auto", "cpu")[0].dtype == torch.bfloat16
     assert capsys.readouterr().err == ""
-    assert models.model_path(models.SMOLLM2) == str(folder)
+    assert models.model_path(models.SMOLLM2) == str(smollm2.converted_folder())
     assert models.model_fingerprint(models.SMOLLM2) == smollm2.FOLDER
 
 
